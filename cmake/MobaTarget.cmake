@@ -1,0 +1,16 @@
+# Warnings, sanitizers and language level of one target of this project.
+function(moba_target target)
+  target_compile_features(${target} PUBLIC cxx_std_20)
+  set_target_properties(${target} PROPERTIES CXX_EXTENSIONS OFF CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
+  if(NOT MSVC)
+    # No contraction: a product and a sum are fused only where the source says so, in every backend and on every machine.
+    target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor -ffp-contract=off)
+    if(MOBA_WERROR)
+      target_compile_options(${target} PRIVATE -Werror)
+    endif()
+    if(MOBA_SANITIZE)
+      target_compile_options(${target} PRIVATE -fsanitize=${MOBA_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
+      target_link_options(${target} PUBLIC -fsanitize=${MOBA_SANITIZE})
+    endif()
+  endif()
+endfunction()

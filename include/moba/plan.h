@@ -1,0 +1,101 @@
+// Plan: made once from shapes alone, used for any number of calls; says what memory a call needs before it runs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "moba/config.h"
+#include "moba/export.h"
+#include "moba/tensor.h"
+
+namespace moba {
+
+enum class Backend : std::uint8_t {
+  cpu,        // vectorised and threaded
+  reference,  // float64, plain loops: the ground truth, slow on purpose
+};
+
+MOBA_EXPORT const char* name(Backend backend);
+
+// How the cpu backend multiplies bfloat16 inputs.
+enum class Bf16Products : std::uint8_t {
+  automatic,  // dot where the processor has it and it is the faster of the two
+  widen,      // widen to float32, float32 FMA; the probabilities stay float32
+  dot,        // AVX512_BF16 pair products, float32 accumulation; the probabilities are rounded to bfloat16
+};
+
+// The shapes of a call. Tensors of a call must match them exactly.
+struct Problem {
+  DType dtype = DType::f32;     // of q, k, v, out: f32, f16 or bf16
+  std::int64_t q_heads = 1;     // Hq, a multiple of kv_heads
+  std::int64_t kv_heads = 1;    // Hk >= 1
+  std::int64_t head_dim = 128;  // d, 8 to 256
+  std::int64_t batch = 1;       // sequences packed into one call, >= 0
+  std::int64_t total_q = 0;     // Tq, query tokens of the batch
+  std::int64_t total_k = 0;     // Tk, key tokens of the batch
+  std::int64_t max_seqlen_q = 0;  // longest sequence allowed; 0 means the total
+  std::int64_t max_seqlen_k = 0;
+  Config config;
+  std::optional<Rope> rope;  // not given: q and k are taken as they are
+};
+
+// How to compute it. The results do not depend on `threads`.
+struct Options {
+  Backend backend = Backend::cpu;
+  int threads = 0;         // at most this many threads work on a call; 0 means one per core
+  std::string cpu_target;  // one of cpu_targets() (moba/info.h); empty means the best one
+  Bf16Products bf16_products = Bf16Products::automatic;
+};
+
+// Floating point operations (a multiply-add counts two) of one call, from the given sequence lengths.
+struct Arithmetic {
+  double pool = 0;
+  double gate = 0;          // scores of the candidate blocks
+  double attend = 0;        // both products over the (query, key) pairs that MoBA keeps, when every row fills its k
+  double dense = 0;         // both products of full attention
+  double rows_times_keys = 0;  // pairs kept
+};
+
+class MOBA_EXPORT Plan {
+ public:
+  // Throws moba::Error for a problem or an option that is not served. Needs no device and touches no tensor.
+  explicit Plan(const Problem& problem, const Options& options = {});
+  ~Plan();
+  Plan(const Plan&);
+  Plan& operator=(const Plan&);
+  Plan(Plan&&) noexcept;
+  Plan& operator=(Plan&&) noexcept;
+
+  const Problem& problem() const;
+  const Options& options() const;
+
+  // Bytes of scratch that any function taking this plan may use: all the memory a call takes beyond its tensors.
+  // (The reference backend allocates some more inside its loops.)
+  std::size_t workspace_bytes() const;
+  // Bytes of a Selection (moba/attention.h), shared by the heads of a key head or not.
+  std::size_t selection_bytes(bool shared = false) const;
+  // Ids per row of a Selection: min(top_k, blocks of the longest sequence allowed).
+  std::int64_t slots() const;
+  // Upper bound on the blocks of a batch: rows of the centroids tensor.
+  std::int64_t max_blocks() const;
+  // Threads that a call uses.
+  int threads() const;
+  // The kernels chosen, for people: "cpu AVX3, float32 FMA, 2 threads".
+  std::string kernels() const;
+  // The arithmetic of a call. cu_seqlens hold batch + 1 ascending entries from 0 to the total.
+  Arithmetic arithmetic(const std::vector<std::int64_t>& cu_seqlens_q, const std::vector<std::int64_t>& cu_seqlens_k) const;
+  // The same for a batch of one sequence.
+  Arithmetic arithmetic() const;
+
+  struct Impl;
+  const Impl& impl() const { return *impl_; }
+
+ private:
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace moba

@@ -1,0 +1,57 @@
+// The contract between the public face and the backends: one checked call.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "moba/attention.h"
+#include "moba/plan.h"
+
+namespace moba {
+
+// One sequence of the packed batch. Query i of it sits at position k_len - q_len + i.
+struct Sequence {
+  std::int64_t q_begin = 0, q_len = 0;  // tokens of q
+  std::int64_t k_begin = 0, k_len = 0;  // tokens of k and v
+  std::int64_t block_begin = 0, blocks = 0;  // blocks, numbered through the batch; blocks = ceil(k_len / B)
+
+  std::int64_t first_position() const { return k_len - q_len; }
+};
+
+// What every step of a backend takes first. Everything in it has been checked.
+struct Call {
+  const Plan::Impl& plan;
+  ConstTensor q, k, v;  // [Tq, Hq, d], [Tk, Hk, d], [Tk, Hk, d]
+  std::vector<Sequence> sequences;
+  Workspace scratch;  // plan.scratch_bytes, 64-byte aligned
+};
+
+// How far a causal row at `position` sees into the block that starts at key `start` and has `length` keys.
+inline std::int64_t visible_keys(std::int64_t position, std::int64_t start, std::int64_t length, bool causal) {
+  if (!causal) return length;
+  const std::int64_t seen = position + 1 - start;
+  return seen < 0 ? 0 : (seen < length ? seen : length);
+}
+
+// The steps; every backend has the same ones with the same names, in a namespace of its own. Stage by stage they are
+// what moba/attention.h says of the functions of the same name.
+#define MOBA_DECLARE_STEPS                                                                        \
+  void rope(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated);                  \
+  void pool(const Call& call, const Tensor& centroids);                                           \
+  void gate(const Call& call, const ConstTensor& centroids, const Selection& selection);          \
+  void index(const Call& call, const Selection& selection);                                       \
+  void attend(const Call& call, const Selection& selection, const Outputs& outputs);              \
+  void dense(const Call& call, const Outputs& outputs);                                           \
+  void merge(const Plan::Impl& plan, std::span<const Outputs> partials, const Outputs& outputs);
+
+namespace reference {
+MOBA_DECLARE_STEPS
+}
+namespace cpu {
+MOBA_DECLARE_STEPS
+}
+
+#undef MOBA_DECLARE_STEPS
+
+}  // namespace moba

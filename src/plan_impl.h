@@ -1,0 +1,32 @@
+// What a Plan holds: the problem and everything that follows from it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "moba/plan.h"
+
+namespace moba {
+
+struct Plan::Impl {
+  Problem problem;  // with every default filled in: max_seqlen_*, scale, rotary_dim
+  Options options;
+  int threads = 1;
+  std::int64_t group = 1;       // g = Hq / Hk
+  std::int64_t slots = 1;       // ids per row
+  std::int64_t max_blocks = 0;  // of the batch
+  double scale = 1.0;
+
+  // cpu backend
+  std::int64_t cpu_target = 0;       // Highway target bit
+  bool bf16_dot = false;             // bfloat16 pair products
+  std::int64_t attend_rows = 0;      // rows of one attend task
+  std::int64_t dense_rows = 0;       // rows of one dense task
+  std::size_t scratch_per_thread = 0;
+
+  // Workspace of forward: scratch, then the outputs of the inner stages, each 64-byte aligned.
+  std::size_t scratch_bytes = 0;
+  std::size_t q_rotated_bytes = 0, k_rotated_bytes = 0, centroids_bytes = 0, selection_bytes = 0;
+};
+
+}  // namespace moba
