@@ -4,7 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include <memory>
+
 #include "moba/plan.h"
+#include "rope_table.h"
 
 namespace moba {
 
@@ -16,6 +19,7 @@ struct Plan::Impl {
   std::int64_t slots = 1;       // ids per row
   std::int64_t max_blocks = 0;  // of the batch
   double scale = 1.0;
+  std::shared_ptr<const RopeTable> rope;  // null where the problem has none
 
   // cpu backend
   std::int64_t cpu_target = 0;       // Highway target bit

@@ -57,7 +57,7 @@ struct Arithmetic {
   double gate = 0;          // scores of the candidate blocks
   double attend = 0;        // both products over the (query, key) pairs that MoBA keeps, when every row fills its k
   double dense = 0;         // both products of full attention
-  double rows_times_keys = 0;  // pairs kept
+  double pairs = 0;         // (query, key) pairs that MoBA keeps, summed over the query heads
 };
 
 class MOBA_EXPORT Plan {

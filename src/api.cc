@@ -1,0 +1,250 @@
+// The public functions: check, then hand one Call to the steps of the plan's backend.
+#include <algorithm>
+#include <vector>
+
+#include "call.h"
+#include "checks.h"
+#include "moba/attention.h"
+#include "moba/error.h"
+#include "plan_impl.h"
+
+namespace moba {
+
+namespace {
+
+std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+std::vector<Sequence> sequences_of(const Plan::Impl& plan, const Inputs& inputs) {
+  const Problem& p = plan.problem;
+  const auto q = checked_cu_seqlens("cu_seqlens_q", inputs.cu_seqlens_q, plan, p.total_q, p.max_seqlen_q);
+  const auto k = checked_cu_seqlens("cu_seqlens_k", inputs.cu_seqlens_k, plan, p.total_k, p.max_seqlen_k);
+  std::vector<Sequence> sequences(static_cast<std::size_t>(p.batch));
+  std::int64_t block = 0;
+  for (std::size_t s = 0; s < sequences.size(); ++s) {
+    const std::int64_t k_len = k[s + 1] - k[s];
+    const std::int64_t blocks = k_len == 0 ? 0 : (k_len - 1) / p.config.block_size + 1;
+    sequences[s] = {q[s], q[s + 1] - q[s], k[s], k_len, block, blocks};
+    block += blocks;
+  }
+  return sequences;
+}
+
+// What a function reads of its inputs.
+enum Reads : unsigned { kQ = 1, kK = 2, kV = 4 };
+
+Call make_call(const Plan& plan, const Inputs& inputs, unsigned reads, Workspace workspace) {
+  const Problem& p = plan.problem();
+  if (reads & kQ) check_tensor(inputs.q, {"q", p.dtype, {p.total_q, p.q_heads, p.head_dim}});
+  if (reads & kK) check_tensor(inputs.k, {"k", p.dtype, {p.total_k, p.kv_heads, p.head_dim}});
+  if (reads & kV) check_tensor(inputs.v, {"v", p.dtype, {p.total_k, p.kv_heads, p.head_dim}});
+  check_workspace(workspace, plan.workspace_bytes());
+  Call call{plan.impl(), inputs.q, inputs.k, inputs.v, sequences_of(plan.impl(), inputs), {}};
+  const std::size_t skip = (64 - reinterpret_cast<std::uintptr_t>(workspace.data()) % 64) % 64;
+  call.scratch = workspace.subspan(skip, plan.impl().scratch_bytes);
+  return call;
+}
+
+// Everything a call reads, for the overlap check.
+std::vector<Region> regions(const Inputs& inputs, unsigned reads) {
+  std::vector<Region> all{{"cu_seqlens_q", inputs.cu_seqlens_q}, {"cu_seqlens_k", inputs.cu_seqlens_k}};
+  if (reads & kQ) all.emplace_back("q", inputs.q);
+  if (reads & kK) all.emplace_back("k", inputs.k);
+  if (reads & kV) all.emplace_back("v", inputs.v);
+  return all;
+}
+
+void check_outputs(const Problem& p, const Outputs& outputs) {
+  check_tensor(outputs.out, {"out", p.dtype, {p.total_q, p.q_heads, p.head_dim}, true});
+  if (outputs.lse.given()) check_tensor(outputs.lse, {"lse", DType::f32, {p.q_heads, p.total_q}, true, false});
+}
+
+void check_centroids(const Plan& plan, const ConstTensor& centroids, bool output) {
+  const Problem& p = plan.problem();
+  check_tensor(centroids, {"centroids", p.dtype, {plan.max_blocks(), p.kv_heads, p.head_dim}, output});
+}
+
+// The backend is chosen here and nowhere else.
+#define MOBA_STEP(plan, step) ((plan).options().backend == Backend::reference ? reference::step : cpu::step)
+
+// The pieces of the workspace behind the scratch, in the order of their use.
+class Stack {
+ public:
+  Stack(const Call& call, const Problem& problem) : next_(call.scratch.data() + aligned(call.scratch.size())), problem_(problem) {}
+  Tensor tensor(std::size_t bytes, std::int64_t rows, std::int64_t heads) {
+    return Tensor(take(bytes).data(), problem_.dtype, {rows, heads, problem_.head_dim});
+  }
+  std::span<std::byte> take(std::size_t bytes) {
+    std::byte* piece = next_;
+    next_ += bytes;
+    return {piece, bytes};
+  }
+
+ private:
+  std::byte* next_;
+  const Problem& problem_;
+};
+
+// With a rope in the plan: q and k of the call become rotated copies.
+void rotate_inputs(const Plan& plan, Call& call, Stack& stack) {
+  const Problem& p = plan.problem();
+  if (!p.rope) return;
+  const Tensor q = stack.tensor(plan.impl().q_rotated_bytes, p.total_q, p.q_heads);
+  const Tensor k = stack.tensor(plan.impl().k_rotated_bytes, p.total_k, p.kv_heads);
+  MOBA_STEP(plan, rope)(call, q, k);
+  call.q = q;
+  call.k = k;
+}
+
+// Every block of every sequence is chosen by every row that sees it: MoBA is full attention.
+bool covers_everything(const Call& call) {
+  const Config& config = call.plan.problem.config;
+  return std::ranges::all_of(call.sequences, [&](const Sequence& s) { return s.blocks <= config.top_k; });
+}
+
+}  // namespace
+
+void forward(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace, Stream) {
+  const Problem& p = plan.problem();
+  Call call = make_call(plan, inputs, kQ | kK | kV, workspace);
+  check_outputs(p, outputs);
+  const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
+  check_no_overlap(written, regions(inputs, kQ | kK | kV));
+
+  Stack stack(call, p);
+  rotate_inputs(plan, call, stack);
+  if (covers_everything(call)) return MOBA_STEP(plan, dense)(call, outputs);
+  const Tensor centroids = stack.tensor(plan.impl().centroids_bytes, plan.max_blocks(), p.kv_heads);
+  const Selection selection = make_selection(plan, stack.take(plan.impl().selection_bytes));
+  MOBA_STEP(plan, pool)(call, centroids);
+  MOBA_STEP(plan, gate)(call, centroids, selection);
+  MOBA_STEP(plan, index)(call, selection);
+  MOBA_STEP(plan, attend)(call, selection, outputs);
+}
+
+void dense(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace, Stream) {
+  Call call = make_call(plan, inputs, kQ | kK | kV, workspace);
+  check_outputs(plan.problem(), outputs);
+  const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
+  check_no_overlap(written, regions(inputs, kQ | kK | kV));
+  Stack stack(call, plan.problem());
+  rotate_inputs(plan, call, stack);
+  MOBA_STEP(plan, dense)(call, outputs);
+}
+
+Selection make_selection(const Plan& plan, std::span<std::byte> memory, bool shared) {
+  const Problem& p = plan.problem();
+  if (memory.size() < plan.selection_bytes(shared)) {
+    throw Error("memory: is " + std::to_string(memory.size()) + " bytes; allowed: at least plan.selection_bytes(), " +
+                std::to_string(plan.selection_bytes(shared)));
+  }
+  if (reinterpret_cast<std::uintptr_t>(memory.data()) % alignof(std::int64_t) != 0) {
+    throw Error("memory: is not aligned; allowed: addresses that are multiples of 8");
+  }
+  std::byte* next = memory.data();
+  const auto take = [&](DType dtype, std::initializer_list<std::int64_t> shape) {
+    const Tensor tensor(next, dtype, shape);
+    std::size_t bytes = size_in_bytes(dtype);
+    for (const std::int64_t dim : shape) bytes *= static_cast<std::size_t>(dim);
+    next += aligned(bytes);
+    return tensor;
+  };
+  const std::int64_t heads = shared ? p.kv_heads : p.q_heads, slots = plan.slots();
+  Selection selection;
+  selection.ids = take(DType::i32, {p.total_q, heads, slots});
+  selection.counts = take(DType::i32, {p.total_q, heads});
+  selection.offsets = take(DType::i64, {p.kv_heads * plan.max_blocks() + 1});
+  selection.rows = take(DType::i32, {p.total_q * p.q_heads * slots});
+  return selection;
+}
+
+void rope(const Plan& plan, const Inputs& inputs, const Tensor& q_rotated, const Tensor& k_rotated, Workspace workspace,
+          Stream) {
+  const Problem& p = plan.problem();
+  if (!p.rope) throw Error("plan: its problem has no rope; allowed: plans made with Problem::rope");
+  const Call call = make_call(plan, inputs, kQ | kK, workspace);
+  check_tensor(q_rotated, {"q_rotated", p.dtype, {p.total_q, p.q_heads, p.head_dim}, true});
+  check_tensor(k_rotated, {"k_rotated", p.dtype, {p.total_k, p.kv_heads, p.head_dim}, true});
+  const Region written[] = {{"q_rotated", q_rotated}, {"k_rotated", k_rotated}, {"workspace", workspace}};
+  check_no_overlap(written, regions(inputs, kQ | kK));
+  MOBA_STEP(plan, rope)(call, q_rotated, k_rotated);
+}
+
+void pool(const Plan& plan, const Inputs& inputs, const Tensor& centroids, Workspace workspace, Stream) {
+  const Call call = make_call(plan, inputs, kK, workspace);
+  check_centroids(plan, centroids, true);
+  const Region written[] = {{"centroids", centroids}, {"workspace", workspace}};
+  check_no_overlap(written, regions(inputs, kK));
+  MOBA_STEP(plan, pool)(call, centroids);
+}
+
+void gate(const Plan& plan, const Inputs& inputs, const ConstTensor& centroids, const Selection& selection,
+          Workspace workspace, Stream) {
+  const Call call = make_call(plan, inputs, kQ, workspace);
+  check_centroids(plan, centroids, false);
+  check_selection_rows(plan.impl(), selection, true);
+  const Region written[] = {{"selection.ids", selection.ids}, {"selection.counts", selection.counts}, {"workspace", workspace}};
+  std::vector<Region> read = regions(inputs, kQ);
+  read.emplace_back("centroids", centroids);
+  check_no_overlap(written, read);
+  MOBA_STEP(plan, gate)(call, centroids, selection);
+}
+
+void index(const Plan& plan, const Inputs& inputs, const Selection& selection, Workspace workspace, Stream) {
+  const Call call = make_call(plan, inputs, 0, workspace);
+  check_selection_rows(plan.impl(), selection, false);
+  check_selection_transpose(plan.impl(), selection);
+  const Region written[] = {{"selection.counts", selection.counts}, {"selection.offsets", selection.offsets},
+                            {"selection.rows", selection.rows}, {"workspace", workspace}};
+  std::vector<Region> read = regions(inputs, 0);
+  read.emplace_back("selection.ids", selection.ids);
+  check_no_overlap(written, read);
+  check_ids(call, selection);
+  MOBA_STEP(plan, index)(call, selection);
+}
+
+void select(const Plan& plan, const Inputs& inputs, const Selection& selection, Workspace workspace, Stream) {
+  const Problem& p = plan.problem();
+  const Call call = make_call(plan, inputs, kQ | kK, workspace);
+  check_selection_rows(plan.impl(), selection, true);
+  check_selection_transpose(plan.impl(), selection);
+  const Region written[] = {{"selection.ids", selection.ids}, {"selection.counts", selection.counts},
+                            {"selection.offsets", selection.offsets}, {"selection.rows", selection.rows},
+                            {"workspace", workspace}};
+  check_no_overlap(written, regions(inputs, kQ | kK));
+  Stack stack(call, p);
+  const Tensor centroids = stack.tensor(plan.impl().centroids_bytes, plan.max_blocks(), p.kv_heads);
+  MOBA_STEP(plan, pool)(call, centroids);
+  MOBA_STEP(plan, gate)(call, centroids, selection);
+  MOBA_STEP(plan, index)(call, selection);
+}
+
+void attend(const Plan& plan, const Inputs& inputs, const Selection& selection, const Outputs& outputs,
+            Workspace workspace, Stream) {
+  const Call call = make_call(plan, inputs, kQ | kK | kV, workspace);
+  check_selection_transpose(plan.impl(), selection);
+  check_outputs(plan.problem(), outputs);
+  const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
+  std::vector<Region> read = regions(inputs, kQ | kK | kV);
+  read.emplace_back("selection.offsets", selection.offsets);
+  read.emplace_back("selection.rows", selection.rows);
+  check_no_overlap(written, read);
+  check_transpose(call, selection);
+  MOBA_STEP(plan, attend)(call, selection, outputs);
+}
+
+void merge(const Plan& plan, std::span<const Outputs> partials, const Outputs& outputs, Stream) {
+  const Problem& p = plan.problem();
+  std::vector<Region> read;
+  for (const Outputs& partial : partials) {
+    check_tensor(partial.out, {"partial out", p.dtype, {p.total_q, p.q_heads, p.head_dim}});
+    check_tensor(partial.lse, {"partial lse", DType::f32, {p.q_heads, p.total_q}, false, false});
+    read.emplace_back("partial out", partial.out);
+    read.emplace_back("partial lse", partial.lse);
+  }
+  check_outputs(p, outputs);
+  const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}};
+  check_no_overlap(written, read);
+  MOBA_STEP(plan, merge)(plan.impl(), partials, outputs);
+}
+
+}  // namespace moba

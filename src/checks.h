@@ -1,0 +1,57 @@
+// Every refusal of the library, apart from the code that computes. Each function throws moba::Error with one line that
+// names the argument, what it was and what is allowed.
+#pragma once
+
+#include <initializer_list>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "call.h"
+
+namespace moba {
+
+// Fills the defaults of the problem in and checks it and the options.
+Problem checked(Problem problem, const Options& options);
+
+// cu_seqlens of one side of the batch, as numbers.
+std::vector<std::int64_t> checked_cu_seqlens(std::string_view argument, const ConstTensor& cu_seqlens, const Plan::Impl& plan,
+                                             std::int64_t total, std::int64_t longest);
+
+// The same of the caller's numbers.
+void check_cu_seqlens(std::string_view argument, std::span<const std::int64_t> cu_seqlens, std::int64_t batch,
+                      std::int64_t total, std::int64_t longest);
+
+// What a tensor argument must be. Dimensions that may be anything are -1.
+struct Expected {
+  std::string_view argument;
+  DType dtype;
+  std::initializer_list<std::int64_t> shape;
+  bool output = false;       // strides must not map two elements to one place
+  bool last_stride_1 = true;
+};
+void check_tensor(const ConstTensor& tensor, const Expected& expected);
+
+// Memory that a call writes and reads, by name, for check_no_overlap.
+struct Region {
+  std::string_view argument;
+  const std::byte* begin = nullptr;
+  const std::byte* end = nullptr;
+
+  Region(std::string_view name, const ConstTensor& tensor);
+  Region(std::string_view name, Workspace workspace);
+};
+// No output may touch an input or another output.
+void check_no_overlap(std::span<const Region> outputs, std::span<const Region> inputs);
+
+void check_workspace(Workspace workspace, std::size_t needed);
+
+// A selection against the shapes of the plan: ids and counts, or the transpose.
+void check_selection_rows(const Plan::Impl& plan, const Selection& selection, bool per_query_head);
+void check_selection_transpose(const Plan::Impl& plan, const Selection& selection);
+// The content of ids, given by the caller: ascending block ids of the row's sequence, then -1.
+void check_ids(const Call& call, const Selection& selection);
+// The content of offsets and rows, given by the caller.
+void check_transpose(const Call& call, const Selection& selection);
+
+}  // namespace moba

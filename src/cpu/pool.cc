@@ -1,0 +1,70 @@
+// pool: the mean key of each block, in the order of summation that docs/spec.md fixes.
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/pool.cc"
+#include <hwy/foreach_target.h>  // must come before highway.h
+#include <hwy/highway.h>
+
+#include <algorithm>
+
+#include "call.h"
+#include "cpu/lanes-inl.h"
+#include "cpu/targets.h"
+#include "cpu/workers.h"
+#include "parallel.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace moba::cpu::HWY_NAMESPACE {
+
+inline void add(float* HWY_RESTRICT to, const float* HWY_RESTRICT from, std::int64_t n) {
+  const F32 df;
+  for (std::int64_t i = 0; i < n; i += kLanes) hn::StoreU(hn::Add(hn::Load(df, to + i), hn::Load(df, from + i)), df, to + i);
+}
+
+// Centroid of keys [begin, begin + keys) of one head: groups of 64 keys are summed, then the sums of the groups.
+void PoolBlock(const ConstTensor& k, std::int64_t head, std::int64_t begin, std::int64_t keys, void* centroid) {
+  constexpr std::int64_t kGroup = 64;
+  const std::int64_t dim = k.shape[2], padded = RoundUp(dim, kLanes);
+  alignas(64) float row[256] = {}, group[256] = {}, total[256] = {};  // the longest head dim
+  for (std::int64_t first = 0; first < keys; first += kGroup) {
+    float* sum = first == 0 ? total : group;
+    Widen(k.dtype, head_row(k, begin + first, head), sum, dim);
+    for (std::int64_t j = first + 1; j < std::min(keys, first + kGroup); ++j) {
+      Widen(k.dtype, head_row(k, begin + j, head), row, dim);
+      add(sum, row, padded);
+    }
+    if (first != 0) add(total, group, padded);
+  }
+  const VF length = hn::Set(F32(), static_cast<float>(keys));
+  for (std::int64_t i = 0; i < padded; i += kLanes) hn::Store(hn::Div(hn::Load(F32(), total + i), length), F32(), total + i);
+  Narrow(k.dtype, total, centroid, dim);
+}
+
+}  // namespace moba::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace moba::cpu {
+
+HWY_EXPORT(PoolBlock);
+
+void pool(const Call& call, const Tensor& centroids) {
+  const std::int64_t heads = call.plan.problem.kv_heads, block_size = call.plan.problem.config.block_size;
+  const std::int64_t blocks = call.sequences.empty() ? 0 : call.sequences.back().block_begin + call.sequences.back().blocks;
+  const std::int64_t per_task = ceil_div(4096, std::min<std::int64_t>(block_size, 4096));  // about 4096 keys
+  const auto pool_block = MOBA_KERNEL(PoolBlock, call.plan.cpu_target);
+  parallel_for(call.plan.threads, ceil_div(blocks, per_task), [&](std::int64_t task, int) {
+    const std::int64_t first = task * per_task, last = std::min(blocks, first + per_task);
+    auto s = std::ranges::partition_point(call.sequences, [&](const Sequence& q) { return q.block_begin + q.blocks <= first; });
+    for (std::int64_t block = first; block < last; ++block) {
+      while (s->block_begin + s->blocks <= block) ++s;
+      const std::int64_t start = (block - s->block_begin) * block_size;
+      const std::int64_t keys = std::min(block_size, s->k_len - start);
+      for (std::int64_t head = 0; head < heads; ++head) {
+        pool_block(call.k, head, s->k_begin + start, keys, head_row(centroids, block, head));
+      }
+    }
+  });
+}
+
+}  // namespace moba::cpu
+#endif

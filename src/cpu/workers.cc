@@ -1,0 +1,68 @@
+#include "cpu/workers.h"
+
+#include "cpu/bf16_dot.h"
+#include "cpu/targets.h"
+#include "rope_table.h"
+
+namespace moba::cpu {
+
+namespace {
+
+constexpr std::int64_t padded(std::int64_t n) { return ceil_div(n, kMaxLanes) * kMaxLanes; }
+
+// Rows of one attend task. A task packs every block that one of its rows chose, which costs about as much as 10 rows of
+// arithmetic; so a task has enough rows that a block of a sequence of the longest length is chosen by 128 of them. Few
+// enough, though, to give each thread several tasks.
+std::int64_t attend_rows(const Plan::Impl& plan) {
+  const Problem& p = plan.problem;
+  const std::int64_t blocks = ceil_div(p.max_seqlen_k, p.config.block_size);
+  const std::int64_t wanted = std::max<std::int64_t>(4096, 128 * blocks / plan.slots);
+  const std::int64_t share = ceil_div(p.total_q * p.q_heads, 4 * std::int64_t{plan.threads});
+  const std::int64_t bytes_limit = (64 << 20) / (4 * p.head_dim);
+  return std::max<std::int64_t>(std::min({wanted, share, bytes_limit}), 512);
+}
+
+}  // namespace
+
+AttendScratch::AttendScratch(Carver& carver, std::int64_t rows, std::int64_t head_dim)
+    : out(carver.take<float>(rows * padded(head_dim))),
+      maximum(carver.take<float>(rows)),
+      sum(carver.take<float>(rows)),
+      row_ids(carver.take<std::int32_t>(rows)),
+      keys(carver.take<float>(head_dim * kKeyTile)),
+      values(carver.take<float>(kKeyTile * padded(head_dim))),
+      q(carver.take<float>(kRowTile * padded(head_dim))),
+      scores(carver.take<float>(kRowTile * kKeyTile)),
+      pairs(carver.take<float>(kRowTile * kKeyTile / 2)) {}
+
+GateScratch::GateScratch(Carver& carver, const Plan::Impl& plan)
+    : centroids(carver.take<float>(plan.problem.head_dim * padded(ceil_div(plan.problem.max_seqlen_k, plan.problem.config.block_size)))),
+      q(carver.take<float>(kRowTile * plan.problem.head_dim)),
+      scores(carver.take<float>(kRowTile * kGateTile)),
+      best(carver.take<std::int64_t>(kRowTile * plan.slots)) {}
+
+RopeScratch::RopeScratch(Carver& carver, const Plan::Impl& plan)
+    : cos(carver.take<float>(RopeTable::kRun * plan.rope->pairs() + kMaxLanes)),
+      sin(carver.take<float>(RopeTable::kRun * plan.rope->pairs() + kMaxLanes)) {}
+
+void prepare(Plan::Impl& plan) {
+  plan.cpu_target = find_target(plan.options.cpu_target);
+  const Bf16Support bf16 = bf16_dot_support();
+  const bool can_dot = bf16.available && plan.cpu_target == HWY_AVX3 && plan.problem.dtype == DType::bf16;
+  plan.bf16_dot = can_dot && (plan.options.bf16_products == Bf16Products::dot ||
+                              (plan.options.bf16_products == Bf16Products::automatic && bf16.preferred));
+  plan.attend_rows = attend_rows(plan);
+  plan.dense_rows = 1024;
+  const auto task_rows = [&](std::int64_t rows) { return std::max(rows, plan.group); };
+  Carver attend, dense, gate, rope;
+  AttendScratch(attend, task_rows(plan.attend_rows), plan.problem.head_dim);
+  AttendScratch(dense, task_rows(plan.dense_rows), plan.problem.head_dim);
+  GateScratch(gate, plan);
+  if (plan.rope) RopeScratch(rope, plan);
+  plan.scratch_per_thread = std::max({attend.used(), dense.used(), gate.used(), rope.used()});
+  const std::int64_t counters = index_chunks(plan) * plan.problem.kv_heads * plan.max_blocks;
+  plan.scratch_bytes = std::max(plan.scratch_per_thread * static_cast<std::size_t>(plan.threads),
+                                static_cast<std::size_t>(counters) * sizeof(std::int64_t));
+}
+
+}  // namespace moba::cpu

@@ -1,0 +1,119 @@
+// How the cpu backend cuts a batch into tasks and where each thread keeps its scratch.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "call.h"
+#include "plan_impl.h"
+
+namespace moba::cpu {
+
+constexpr std::int64_t ceil_div(std::int64_t n, std::int64_t by) { return (n + by - 1) / by; }
+
+// Hands out pieces of a scratch area, each aligned to 64 bytes.
+class Carver {
+ public:
+  explicit Carver(std::byte* memory = nullptr) : memory_(memory) {}
+  template <class T>
+  T* take(std::int64_t count) {
+    T* piece = reinterpret_cast<T*>(memory_ + used_);
+    used_ += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+  // Bytes handed out so far; with no memory behind it a Carver measures.
+  std::size_t used() const { return used_; }
+
+ private:
+  std::byte* memory_;
+  std::size_t used_ = 0;
+};
+
+inline std::byte* thread_scratch(const Call& call, int slot) {
+  return call.scratch.data() + call.plan.scratch_per_thread * static_cast<std::size_t>(slot);
+}
+
+// The sequences that hold tokens of [begin, end), given where a sequence's tokens begin and how many they are:
+// f(sequence, first, last) with the tokens of each.
+template <class F>
+void for_each_overlap(std::span<const Sequence> sequences, std::int64_t Sequence::*start, std::int64_t Sequence::*length,
+                      std::int64_t begin, std::int64_t end, F&& f) {
+  auto s = std::ranges::partition_point(sequences, [&](const Sequence& q) { return q.*start + q.*length <= begin; });
+  for (; s != sequences.end() && (*s).*start < end; ++s) {
+    const std::int64_t first = std::max(begin, (*s).*start), last = std::min(end, (*s).*start + (*s).*length);
+    if (first < last) f(*s, first, last);
+  }
+}
+
+// The same for query tokens and for key tokens.
+template <class F>
+void for_each_sequence(std::span<const Sequence> sequences, std::int64_t begin, std::int64_t end, F&& f) {
+  for_each_overlap(sequences, &Sequence::q_begin, &Sequence::q_len, begin, end, f);
+}
+template <class F>
+void for_each_key_sequence(std::span<const Sequence> sequences, std::int64_t begin, std::int64_t end, F&& f) {
+  for_each_overlap(sequences, &Sequence::k_begin, &Sequence::k_len, begin, end, f);
+}
+
+// Row i (token) of head h of a [tokens, heads, d] tensor, in bytes.
+inline const std::byte* head_row(const ConstTensor& tensor, std::int64_t token, std::int64_t head) {
+  return static_cast<const std::byte*>(tensor.data) +
+         (token * tensor.stride[0] + head * tensor.stride[1]) * static_cast<std::int64_t>(size_in_bytes(tensor.dtype));
+}
+inline std::byte* head_row(const Tensor& tensor, std::int64_t token, std::int64_t head) {
+  return const_cast<std::byte*>(head_row(ConstTensor(tensor), token, head));
+}
+
+// ---- Scratch of the steps, per thread. ----
+
+inline constexpr std::int64_t kKeyTile = 128;  // keys of one score tile
+inline constexpr std::int64_t kRowTile = 48;   // query rows of one score tile: a multiple of the product's 6
+inline constexpr std::int64_t kGateTile = 256;     // blocks scored at a time
+
+// attend and dense: `rows` query rows with their running output, maximum and sum, and one tile of everything else.
+struct AttendScratch {
+  float *out, *maximum, *sum;  // [rows][RoundUp(d)], [rows], [rows]
+  std::int32_t* row_ids;       // [rows], dense only
+  float *keys, *values;        // packed: [d][kKeyTile], [kKeyTile][RoundUp(d)]
+  float *q, *scores, *pairs;   // [kRowTile][RoundUp(d)], [kRowTile][kKeyTile], the same as bfloat16 pairs
+
+  AttendScratch(Carver& carver, std::int64_t rows, std::int64_t head_dim);
+};
+
+// gate: the packed centroids of one sequence and one tile of rows.
+struct GateScratch {
+  float* centroids;    // packed: [d][blocks]
+  float* q;            // [kRowTile][d]
+  float* scores;       // [kRowTile][kGateTile]
+  std::int64_t* best;  // [kRowTile][slots]
+
+  GateScratch(Carver& carver, const Plan::Impl& plan);
+};
+
+// rope: the table rows of one run of tokens, and what rotating a token takes.
+struct RopeScratch {
+  float *cos, *sin;  // [RopeTable::kRun][pairs], and a vector to read beyond the end
+
+  RopeScratch(Carver& carver, const Plan::Impl& plan);
+};
+struct RopeTask {
+  RopeStyle style;
+  std::int64_t pairs;
+  const float *cos, *sin;  // [pairs]
+};
+
+// index: chunks of tokens that are counted apart, each with a counter per (key head, block).
+inline std::int64_t index_chunks(const Plan::Impl& plan) {
+  return std::clamp<std::int64_t>(ceil_div(plan.problem.total_q, 256), 1, std::min(64, 4 * plan.threads));
+}
+
+// Query tokens of one gate task: about 1024 rows, against which packing the centroids weighs little.
+inline std::int64_t gate_tokens(const Plan::Impl& plan) { return std::max<std::int64_t>(1, 1024 / plan.group); }
+
+// Fills in the cpu part of a plan: target, kernels, task sizes, scratch.
+void prepare(Plan::Impl& plan);
+
+}  // namespace moba::cpu

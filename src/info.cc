@@ -1,0 +1,7 @@
+#include "moba/info.h"
+
+namespace moba {
+
+const char* version() { return MOBA_VERSION; }
+
+}  // namespace moba

@@ -1,0 +1,139 @@
+#include "moba/plan.h"
+
+#include <oneapi/tbb/info.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "checks.h"
+#include "cpu/targets.h"
+#include "cpu/workers.h"
+#include "moba/error.h"
+#include "plan_impl.h"
+
+namespace moba {
+
+namespace {
+
+std::int64_t ceil_div(std::int64_t n, std::int64_t by) { return n / by + (n % by != 0); }
+
+std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+std::size_t bytes_of(DType dtype, std::int64_t count) { return aligned(size_in_bytes(dtype) * static_cast<std::size_t>(count)); }
+
+int default_threads() { return oneapi::tbb::info::default_concurrency(); }
+
+// Pairs (query, key) that one head attends to in one sequence, when every row fills its k (the own block is cut by the
+// causal mask; the other chosen blocks are whole).
+double pairs_kept(const Config& config, std::int64_t q_len, std::int64_t k_len) {
+  const std::int64_t b = config.block_size, blocks = ceil_div(k_len, b);
+  if (!config.causal) {
+    const double chosen = static_cast<double>(std::min(config.top_k, blocks));
+    return static_cast<double>(q_len) * std::min(chosen * static_cast<double>(b), static_cast<double>(k_len));
+  }
+  double pairs = 0;
+  for (std::int64_t position = std::max<std::int64_t>(0, k_len - q_len); position < k_len; ++position) {
+    const std::int64_t others = std::min(position / b, config.top_k - 1);
+    pairs += static_cast<double>(others * b + position % b + 1);
+  }
+  return pairs;
+}
+
+// Scores that the gate computes for one head of one sequence: one per (query, candidate block).
+double scores_needed(const Config& config, std::int64_t q_len, std::int64_t k_len) {
+  const std::int64_t b = config.block_size;
+  if (!config.causal) return static_cast<double>(q_len) * static_cast<double>(ceil_div(k_len, b));
+  double scores = 0;
+  for (std::int64_t position = std::max<std::int64_t>(0, k_len - q_len); position < k_len; ++position) {
+    scores += static_cast<double>(position / b);
+  }
+  return scores;
+}
+
+}  // namespace
+
+const char* name(Backend backend) { return backend == Backend::cpu ? "cpu" : "reference"; }
+
+Plan::Plan(const Problem& problem, const Options& options) : impl_(std::make_unique<Impl>()) {
+  Impl& plan = *impl_;
+  plan.problem = checked(problem, options);
+  plan.options = options;
+  const Problem& p = plan.problem;
+  plan.threads = options.backend == Backend::reference ? 1 : options.threads > 0 ? options.threads : default_threads();
+  plan.group = p.q_heads / p.kv_heads;
+  plan.slots = std::max<std::int64_t>(1, std::min(p.config.top_k, ceil_div(p.max_seqlen_k, p.config.block_size)));
+  // A sequence of l > 0 keys has (l - 1) / B + 1 blocks: the more sequences that are not empty, the more blocks.
+  const std::int64_t filled = std::min(p.batch, p.total_k);
+  plan.max_blocks = filled == 0 ? 0 : (p.total_k - filled) / p.config.block_size + filled;
+  plan.scale = *p.config.scale;
+  if (p.rope) plan.rope = std::make_shared<RopeTable>(*p.rope, p.head_dim);
+  if (options.backend == Backend::cpu) cpu::prepare(plan);
+  plan.q_rotated_bytes = p.rope ? bytes_of(p.dtype, p.total_q * p.q_heads * p.head_dim) : 0;
+  plan.k_rotated_bytes = p.rope ? bytes_of(p.dtype, p.total_k * p.kv_heads * p.head_dim) : 0;
+  plan.centroids_bytes = bytes_of(p.dtype, plan.max_blocks * p.kv_heads * p.head_dim);
+  plan.selection_bytes = selection_bytes();
+}
+
+Plan::~Plan() = default;
+Plan::Plan(const Plan& other) : impl_(std::make_unique<Impl>(*other.impl_)) {}
+Plan& Plan::operator=(const Plan& other) {
+  if (this != &other) impl_ = std::make_unique<Impl>(*other.impl_);
+  return *this;
+}
+Plan::Plan(Plan&&) noexcept = default;
+Plan& Plan::operator=(Plan&&) noexcept = default;
+
+const Problem& Plan::problem() const { return impl_->problem; }
+const Options& Plan::options() const { return impl_->options; }
+std::int64_t Plan::slots() const { return impl_->slots; }
+std::int64_t Plan::max_blocks() const { return impl_->max_blocks; }
+int Plan::threads() const { return impl_->threads; }
+
+std::size_t Plan::workspace_bytes() const {
+  // 64 more than the pieces: the caller's memory may start anywhere.
+  return 64 + aligned(impl_->scratch_bytes) + impl_->q_rotated_bytes + impl_->k_rotated_bytes + impl_->centroids_bytes +
+         impl_->selection_bytes;
+}
+
+std::size_t Plan::selection_bytes(bool shared) const {
+  const Problem& p = impl_->problem;
+  const std::int64_t heads = shared ? p.kv_heads : p.q_heads;
+  return bytes_of(DType::i32, p.total_q * heads * impl_->slots) + bytes_of(DType::i32, p.total_q * heads) +
+         bytes_of(DType::i64, p.kv_heads * impl_->max_blocks + 1) + bytes_of(DType::i32, p.total_q * p.q_heads * impl_->slots);
+}
+
+std::string Plan::kernels() const {
+  if (impl_->options.backend == Backend::reference) return "reference, float64, 1 thread";
+  return "cpu " + cpu::target_name(impl_->cpu_target) +
+         (impl_->bf16_dot ? ", bfloat16 pair products, " : ", float32 products, ") + std::to_string(impl_->threads) +
+         (impl_->threads == 1 ? " thread" : " threads");
+}
+
+Arithmetic Plan::arithmetic(const std::vector<std::int64_t>& cu_seqlens_q, const std::vector<std::int64_t>& cu_seqlens_k) const {
+  const Problem& p = impl_->problem;
+  check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, p.batch, p.total_q, p.max_seqlen_q);
+  check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, p.batch, p.total_k, p.max_seqlen_k);
+  const double d = static_cast<double>(p.head_dim), heads = static_cast<double>(p.q_heads);
+  Config full = p.config;
+  full.top_k = std::numeric_limits<std::int64_t>::max();
+  Arithmetic sum;
+  for (std::size_t s = 0; s + 1 < cu_seqlens_q.size(); ++s) {
+    const std::int64_t q_len = cu_seqlens_q[s + 1] - cu_seqlens_q[s], k_len = cu_seqlens_k[s + 1] - cu_seqlens_k[s];
+    const double kept = heads * pairs_kept(p.config, q_len, k_len);
+    sum.pairs += kept;
+    sum.pool += static_cast<double>(k_len * p.kv_heads) * d;
+    sum.gate += 2 * d * heads * scores_needed(p.config, q_len, k_len);
+    sum.attend += 4 * d * kept;
+    sum.dense += 4 * d * heads * pairs_kept(full, q_len, k_len);
+  }
+  return sum;
+}
+
+Arithmetic Plan::arithmetic() const {
+  const Problem& p = impl_->problem;
+  if (p.batch == 0) return arithmetic({0}, {0});
+  if (p.batch != 1) throw Error("batch: is " + std::to_string(p.batch) + "; give cu_seqlens where it is not 1");
+  return arithmetic({0, p.total_q}, {0, p.total_k});
+}
+
+}  // namespace moba

@@ -1,0 +1,32 @@
+// Results held against the reference backend, which computes in float64.
+#pragma once
+
+#include <cstdint>
+
+#include "attention_file.h"
+#include "moba/attention.h"
+#include "moba/plan.h"
+#include "progress.h"
+
+namespace moba::cli {
+
+// |out - reference| / |reference| (Euclidean) of every row: query token and head.
+struct RowErrors {
+  double max = 0, median = 0;
+  std::int64_t not_finite = 0;  // rows where one of the two is NaN or infinite; not in max and median
+};
+
+struct Accuracy {
+  std::int64_t tokens = 0;          // query tokens held against the reference
+  std::int64_t rows = 0;            // rows of these: tokens x heads
+  std::int64_t same_selection = 0;  // rows for which the reference chose the same blocks
+  RowErrors moba, dense;
+};
+
+// Holds the last `tokens` query tokens (fewer where there are fewer) of what `plan` computed from `file` against float64:
+// the selection against the reference's own, `moba_out` against float64 attention over the blocks of `selection`, `dense_out`
+// against float64 attention over everything.
+Accuracy check_accuracy(const Plan& plan, const AttentionFile& file, const Selection& selection, const ConstTensor& moba_out,
+                        const ConstTensor& dense_out, std::int64_t tokens, Progress& progress);
+
+}  // namespace moba::cli

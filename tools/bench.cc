@@ -1,0 +1,134 @@
+// moba bench: times of a problem given as text, on random tensors.
+#include <algorithm>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <numeric>
+
+#include "commands.h"
+#include "machine.h"
+#include "memory_use.h"
+#include "moba/info.h"
+#include "output_file.h"
+#include "problem_text.h"
+#include "random_inputs.h"
+#include "stages.h"
+#include "text.h"
+
+namespace moba::cli {
+namespace {
+
+constexpr std::uint64_t kSeed = 20250218;
+
+// The times of one stage over the repeats.
+struct Samples {
+  std::string name;
+  double flop = 0;
+  std::vector<double> seconds;
+
+  double min() const { return *std::min_element(seconds.begin(), seconds.end()); }
+  double median() const {
+    std::vector<double> sorted = seconds;
+    std::sort(sorted.begin(), sorted.end());
+    const std::size_t half = sorted.size() / 2;
+    return sorted.size() % 2 == 1 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
+  }
+  double gflops() const { return min() > 0 ? flop / min() * 1e-9 : 0.0; }
+};
+
+void add(std::vector<Samples>& samples, const std::vector<StageTime>& times) {
+  if (samples.empty()) {
+    for (const StageTime& time : times) samples.push_back({time.name, time.flop, {}});
+  }
+  for (std::size_t i = 0; i < times.size(); ++i) samples[i].seconds.push_back(times[i].seconds);
+}
+
+// One warm-up, then `repeat` timed passes of the stages; their sum is the last entry.
+std::vector<Samples> time_stages(const Plan& plan, const Inputs& inputs, const Arithmetic& arithmetic, int repeat,
+                                 Progress& progress) {
+  StagedForward forward(plan, inputs);
+  std::vector<Samples> samples;
+  forward.run(progress);
+  for (int i = 0; i < repeat; ++i) {
+    std::vector<StageTime> times = forward.run(progress);
+    count_flop(times, arithmetic);
+    StageTime all{"total", total_seconds(times)};
+    for (const StageTime& time : times) all.flop += time.flop;
+    times.push_back(all);
+    add(samples, times);
+  }
+  return samples;
+}
+
+Samples time_dense(const Plan& plan, const Inputs& inputs, const Arithmetic& arithmetic, int repeat, Progress& progress) {
+  const Results results(plan);
+  std::vector<Samples> samples;
+  run_dense(plan, inputs, results.outputs, progress);
+  for (int i = 0; i < repeat; ++i) {
+    std::vector<StageTime> times{run_dense(plan, inputs, results.outputs, progress)};
+    count_flop(times, arithmetic);
+    add(samples, times);
+  }
+  return samples.front();
+}
+
+void print_table(const std::vector<Samples>& samples) {
+  std::printf("%-8s %12s %12s %10s\n", "stage", "min", "median", "GFLOP/s");
+  for (const Samples& stage : samples) {
+    std::printf("%-8s %12s %12s %10s\n", stage.name.c_str(), format_seconds(stage.min()).c_str(),
+                format_seconds(stage.median()).c_str(), stage.flop > 0 ? format("%.1f", stage.gflops()).c_str() : "-");
+  }
+}
+
+std::string to_json(const std::string& problem, const Plan& plan, int repeat, const std::vector<Samples>& samples) {
+  nlohmann::ordered_json report{{"version", version()},        {"compiler", compiler()},
+                                {"build_type", build_type()},  {"processor", processor_name()},
+                                {"kernels", plan.kernels()},   {"threads", plan.threads()},
+                                {"problem", problem},          {"repeat", repeat},
+                                {"stages", nlohmann::ordered_json::array()}};
+  for (const Samples& stage : samples) {
+    report["stages"].push_back({{"name", stage.name},
+                                {"min_s", stage.min()},
+                                {"median_s", stage.median()},
+                                {"flop", stage.flop},
+                                {"gflops", stage.gflops()}});
+  }
+  return report.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
+}
+
+}  // namespace
+
+void bench(const BenchArguments& arguments) {
+  if (!arguments.json.empty()) check_output(arguments.json);
+  const TextProblem text = parse_problem(arguments.problem);
+  const Plan plan(text.problem, text.options);
+  const MemoryUse use = memory_use(plan);
+  require_memory(use.q + use.k + use.v + use.out + use.lse + use.workspace + use.stages);
+
+  std::printf("moba %s, %s, %s, %s, %d cores\n", version(), compiler().c_str(), build_type().c_str(),
+              processor_name().c_str(), cores());
+  std::printf("%s\n%s\n\n", plan.kernels().c_str(), describe(text).c_str());
+  std::fflush(stdout);
+
+  const std::vector<std::int64_t> starts_q = start_offsets(text.problem.batch, text.seqlen_q);
+  const std::vector<std::int64_t> starts_k = start_offsets(text.problem.batch, text.seqlen_k);
+  const Arithmetic arithmetic = plan.arithmetic(starts_q, starts_k);
+  std::vector<Samples> samples;
+  {
+    Progress progress;
+    progress.stage("random tensors");
+    const RandomInputs random(text.problem, starts_q, starts_k, kSeed);
+    samples = time_stages(plan, random.inputs, arithmetic, arguments.repeat, progress);
+    if (arguments.dense) samples.push_back(time_dense(plan, random.inputs, arithmetic, arguments.repeat, progress));
+  }
+  print_table(samples);
+  if (arguments.dense) {
+    const Samples &dense = samples.back(), &moba = samples[samples.size() - 2];
+    std::printf("\ndense / MoBA: %.2f in time, %.2f in arithmetic\n", dense.min() / moba.min(), dense.flop / moba.flop);
+  }
+  if (arguments.json.empty()) return;
+  OutputFile file(arguments.json);
+  file.write(to_json(describe(text), plan, arguments.repeat, samples));
+  file.commit();
+}
+
+}  // namespace moba::cli

@@ -1,0 +1,59 @@
+// The commands of the program: what each takes from the command line, and the function that does it. They print to
+// standard output and throw moba::Error for whatever they refuse.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
+
+#include "moba/config.h"
+#include "moba/plan.h"
+
+namespace moba::cli {
+
+// What to compute and how, for the commands that read tensors from a file.
+struct AttentionOptions {
+  Config config;
+  std::optional<Rope> rope;
+  Options options;
+};
+
+struct RunArguments {
+  std::string input, output;
+  AttentionOptions attention;
+  bool write_selection = false;
+  bool quiet = false;
+};
+void run(const RunArguments& arguments);    // run.cc
+void dense(const RunArguments& arguments);  // run.cc
+
+struct CompareArguments {
+  std::string input;
+  std::string svg;  // empty: no picture
+  AttentionOptions attention;
+  std::int64_t check_rows = std::numeric_limits<std::int64_t>::max();  // query tokens held against float64, the last ones
+  int repeat = 3;
+};
+void compare(const CompareArguments& arguments);  // compare.cc
+
+struct MapArguments {
+  std::string input, output;
+  AttentionOptions attention;
+  std::int64_t sequence = 0;
+};
+void map(const MapArguments& arguments);  // map.cc
+
+void plan(const std::string& problem);  // plan.cc
+
+struct BenchArguments {
+  std::string problem;
+  int repeat = 5;
+  bool dense = true;
+  std::string json;  // empty: none
+};
+void bench(const BenchArguments& arguments);  // bench.cc
+
+void info();  // info.cc
+
+}  // namespace moba::cli

@@ -1,0 +1,31 @@
+#include "memory_use.h"
+
+#include "machine.h"
+#include "moba/error.h"
+#include "text.h"
+
+namespace moba::cli {
+
+MemoryUse memory_use(const Plan& plan) {
+  const Problem& problem = plan.problem();
+  const auto element = static_cast<double>(size_in_bytes(problem.dtype));
+  const auto d = static_cast<double>(problem.head_dim);
+  const double q_rows = static_cast<double>(problem.total_q) * static_cast<double>(problem.q_heads);
+  const double k_rows = static_cast<double>(problem.total_k) * static_cast<double>(problem.kv_heads);
+  const double centroids = static_cast<double>(plan.max_blocks()) * static_cast<double>(problem.kv_heads) * d * element;
+
+  MemoryUse use;
+  use.q = use.out = q_rows * d * element;
+  use.k = use.v = k_rows * d * element;
+  use.lse = q_rows * sizeof(float);
+  use.workspace = static_cast<double>(plan.workspace_bytes());
+  use.stages = static_cast<double>(plan.selection_bytes()) + centroids + (problem.rope ? use.q + use.k : 0.0);
+  return use;
+}
+
+void require_memory(double bytes) {
+  if (bytes <= memory_bytes()) return;
+  throw Error("memory: " + format_bytes(bytes) + " are needed; this machine has " + format_bytes(memory_bytes()));
+}
+
+}  // namespace moba::cli

@@ -1,0 +1,53 @@
+// moba plan: what a problem takes, before anything runs.
+#include "moba/plan.h"
+
+#include <cstdio>
+
+#include "commands.h"
+#include "memory_use.h"
+#include "problem_text.h"
+#include "text.h"
+
+namespace moba::cli {
+namespace {
+
+void print_memory(const Plan& plan) {
+  const MemoryUse use = memory_use(plan);
+  const auto line = [](const char* name, double bytes, const char* remark) {
+    std::printf("  %-10s %11s%s%s\n", name, format_bytes(bytes).c_str(), *remark ? "   " : "", remark);
+  };
+  std::printf("memory\n");
+  line("q", use.q, "");
+  line("k and v", use.k + use.v, "");
+  line("out", use.out, "");
+  line("lse", use.lse, "");
+  line("workspace", use.workspace, "all that a call takes beyond the tensors above");
+  line("total", use.q + use.k + use.v + use.out + use.lse + use.workspace, "");
+  line("selection", static_cast<double>(plan.selection_bytes()), "only who calls the stages one by one holds one");
+}
+
+void print_arithmetic(const Arithmetic& arithmetic) {
+  const double moba = arithmetic.pool + arithmetic.gate + arithmetic.attend;
+  std::printf("arithmetic\n");
+  for (const auto& [name, flop] : {std::pair{"pool", arithmetic.pool}, std::pair{"gate", arithmetic.gate},
+                                   std::pair{"attend", arithmetic.attend}, std::pair{"MoBA", moba},
+                                   std::pair{"dense", arithmetic.dense}}) {
+    std::printf("  %-10s %14s\n", name, format_flop(flop).c_str());
+  }
+  if (moba > 0) std::printf("dense / MoBA %.2f\n", arithmetic.dense / moba);
+}
+
+}  // namespace
+
+void plan(const std::string& text) {
+  const TextProblem problem = parse_problem(text);
+  const Plan plan(problem.problem, problem.options);
+  const std::int64_t batch = problem.problem.batch;
+  std::printf("problem  %s\nkernels  %s\n\n", describe(problem).c_str(), plan.kernels().c_str());
+  print_memory(plan);
+  std::printf("\n");
+  print_arithmetic(
+      plan.arithmetic(start_offsets(batch, problem.seqlen_q), start_offsets(batch, problem.seqlen_k)));
+}
+
+}  // namespace moba::cli

@@ -1,0 +1,23 @@
+// Random tensors for measurements.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "buffer.h"
+#include "moba/attention.h"
+#include "moba/plan.h"
+
+namespace moba::cli {
+
+// q, k and v with entries of mean 0 and variance 1, nearly normal; the same for the same seed everywhere. Sequences start
+// at the given offsets.
+struct RandomInputs {
+  RandomInputs(const Problem& problem, const std::vector<std::int64_t>& starts_q,
+               const std::vector<std::int64_t>& starts_k, std::uint64_t seed);
+
+  Buffer q, k, v, cu_seqlens_q, cu_seqlens_k;
+  Inputs inputs;  // views of the above
+};
+
+}  // namespace moba::cli
