@@ -42,9 +42,7 @@ double yarn(const Rope& rope, const YarnRange& range, int pair, double frequency
 }  // namespace
 
 RopeTable::RopeTable(const Rope& rope, std::int64_t head_dim)
-    : pairs_((rope.rotary_dim != 0 ? rope.rotary_dim : head_dim) / 2),
-      cos_(rope.cos),
-      sin_(rope.sin) {
+    : pairs_((rope.rotary_dim != 0 ? rope.rotary_dim : head_dim) / 2), cos_(rope.cos), sin_(rope.sin) {
   if (cos_.given() && sin_.given()) return;
   const double rotary_dim = 2.0 * static_cast<double>(pairs_);
   const YarnRange range = rope.scaling == RopeScaling::yarn ? yarn_range(rope, rotary_dim) : YarnRange{};
@@ -88,14 +86,15 @@ void RopeTable::rows(std::int64_t first, std::int64_t count, float* cos, float* 
   for (std::int64_t position = first; position < first + count;) {
     const std::int64_t offset = (position % kRun + kRun) % kRun;  // of a negative position too
     const std::int64_t rows = std::min(first + count - position, kRun - offset);
-    run_rows(position - offset, offset, offset + rows, cos + (position - first) * pairs_, sin + (position - first) * pairs_);
+    run_rows(position - offset, offset, offset + rows, cos + (position - first) * pairs_,
+             sin + (position - first) * pairs_);
     position += rows;
   }
 }
 
-// Positions run + begin .. run + end, as rotations of `run` by the angles of begin .. end: two float64 roundings more than
-// cos and sin of each angle, and 30 times as fast. `run` is a multiple of kRun, so a position has the same bits whichever
-// rows are asked for.
+// Positions run + begin .. run + end, as rotations of `run` by the angles of begin .. end: two float64 roundings more
+// than cos and sin of each angle, and 30 times as fast. `run` is a multiple of kRun, so a position has the same bits
+// whichever rows are asked for.
 void RopeTable::run_rows(std::int64_t run, std::int64_t begin, std::int64_t end, float* cos, float* sin) const {
   std::array<double, kMaxPairs> base_cos, base_sin;
   for (std::int64_t i = 0; i < pairs_; ++i) {

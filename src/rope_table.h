@@ -12,7 +12,7 @@ namespace moba {
 // Rows computed from base and scaling, or read from the table of the caller, if there is one.
 class RopeTable {
  public:
-  static constexpr int kMaxPairs = 128;  // head_dim <= 256
+  static constexpr int kMaxPairs = 128;     // head_dim <= 256
   static constexpr std::int64_t kRun = 64;  // positions that share one evaluation of cos and sin
 
   RopeTable(const Rope& rope, std::int64_t head_dim);
@@ -20,8 +20,8 @@ class RopeTable {
   // Pairs of dimensions that are rotated: rotary_dim / 2.
   std::int64_t pairs() const { return pairs_; }
 
-  // cos and sin, [count][pairs()] each, of positions first .. first + count. They must be rows of the caller's table or,
-  // without one, may be any numbers, negative too. May be called from many threads.
+  // cos and sin, [count][pairs()] each, of positions first .. first + count. They must be rows of the caller's table
+  // or, without one, may be any numbers, negative too. May be called from many threads.
   void rows(std::int64_t first, std::int64_t count, float* cos, float* sin) const;
 
  private:

@@ -28,6 +28,7 @@ struct Case {
   std::vector<std::int32_t> q_lengths, k_lengths;  // of the sequences
   Config config;
   std::optional<Rope> rope = std::nullopt;
+  std::uint32_t seed = 1;         // of q; k and v have the next two
   std::int64_t key_patterns = 0;  // not 0: block b of the batch's keys repeats block b % key_patterns
 };
 
@@ -119,6 +120,7 @@ std::vector<Case> cases() {
                  .k_lengths = {80, 40},
                  .config = config(16, 2),
                  .rope = scaled_rope(RopeStyle::half_split, 24, RopeScaling::yarn)});
+  for (std::size_t i = 0; i < all.size(); ++i) all[i].seed = static_cast<std::uint32_t>(3 * i + 1);
   return all;
 }
 
@@ -191,10 +193,12 @@ std::string text(double value) {
 
 std::map<std::string, std::string> metadata(const Case& c, const Problem& p) {
   std::map<std::string, std::string> m{{"about", c.about},
+                                       {"seed", std::to_string(c.seed)},
                                        {"block_size", std::to_string(p.config.block_size)},
                                        {"top_k", std::to_string(p.config.top_k)},
                                        {"causal", p.config.causal ? "true" : "false"},
                                        {"scale", text(*p.config.scale)}};
+  if (c.key_patterns != 0) m["key_patterns"] = std::to_string(c.key_patterns);
   if (!p.rope) return m;
   const Rope& r = *p.rope;
   m["rope_style"] = r.style == RopeStyle::half_split ? "half-split" : "interleaved";
@@ -233,9 +237,9 @@ void write(const Case& c, const std::string& directory) {
   for (const std::int32_t length : c.k_lengths) blocks += (length + c.config.block_size - 1) / c.config.block_size;
 
   Array q = tokens(c, total_q, c.q_heads), k = tokens(c, total_k, c.kv_heads), v = tokens(c, total_k, c.kv_heads);
-  fill(q, 1, 4.0f);
-  fill(k, 2, 1.0f);
-  fill(v, 3, 1.0f);
+  fill(q, c.seed, 4.0f);
+  fill(k, c.seed + 1, 1.0f);
+  fill(v, c.seed + 2, 1.0f);
   if (c.key_patterns != 0) repeat_blocks(k, c.config.block_size, c.key_patterns);
   std::vector<cli::NamedTensor> tensors{{"q", q.tensor},
                                         {"k", k.tensor},

@@ -67,12 +67,13 @@ std::int64_t equal_rows(const ConstTensor& ids, const ConstTensor& others) {
   const auto* a = static_cast<const std::int32_t*>(ids.data);
   const auto* b = static_cast<const std::int32_t*>(others.data);
   std::int64_t equal = 0;
-  for (std::int64_t row = 0; row < rows; ++row) equal += std::equal(a + row * slots, a + (row + 1) * slots, b + row * slots);
+  for (std::int64_t row = 0; row < rows; ++row)
+    equal += std::equal(a + row * slots, a + (row + 1) * slots, b + row * slots);
   return equal;
 }
 
-// The last query tokens of a batch, as a batch of as many sequences: queries are aligned to the end of their sequence, so
-// what is left of a sequence keeps its positions.
+// The last query tokens of a batch, as a batch of as many sequences: queries are aligned to the end of their sequence,
+// so what is left of a sequence keeps its positions.
 struct LastTokens {
   LastTokens(const AttentionFile& file, std::int64_t first) : inputs(file.inputs) {
     inputs.q = rows_from(inputs.q, first);
@@ -89,8 +90,9 @@ struct LastTokens {
 
 }  // namespace
 
-Accuracy check_accuracy(const Plan& plan, const AttentionFile& file, const Selection& selection, const ConstTensor& moba_out,
-                        const ConstTensor& dense_out, std::int64_t tokens, Progress& progress) {
+Accuracy check_accuracy(const Plan& plan, const AttentionFile& file, const Selection& selection,
+                        const ConstTensor& moba_out, const ConstTensor& dense_out, std::int64_t tokens,
+                        Progress& progress) {
   Accuracy result;
   Problem problem = plan.problem();
   result.tokens = std::min(tokens, problem.total_q);

@@ -23,10 +23,11 @@ struct Accuracy {
   RowErrors moba, dense;
 };
 
-// Holds the last `tokens` query tokens (fewer where there are fewer) of what `plan` computed from `file` against float64:
-// the selection against the reference's own, `moba_out` against float64 attention over the blocks of `selection`, `dense_out`
-// against float64 attention over everything.
-Accuracy check_accuracy(const Plan& plan, const AttentionFile& file, const Selection& selection, const ConstTensor& moba_out,
-                        const ConstTensor& dense_out, std::int64_t tokens, Progress& progress);
+// Holds the last `tokens` query tokens (fewer where there are fewer) of what `plan` computed from `file` against
+// float64: the selection against the reference's own, `moba_out` against float64 attention over the blocks of
+// `selection`, `dense_out` against float64 attention over everything.
+Accuracy check_accuracy(const Plan& plan, const AttentionFile& file, const Selection& selection,
+                        const ConstTensor& moba_out, const ConstTensor& dense_out, std::int64_t tokens,
+                        Progress& progress);
 
 }  // namespace moba::cli

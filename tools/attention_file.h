@@ -1,5 +1,5 @@
-// Attention inputs in a safetensors file: q [Tq, Hq, d], k and v [Tk, Hk, d], and for a batch of sequences cu_seqlens, or
-// cu_seqlens_q and cu_seqlens_k. Other tensors are passed over.
+// Attention inputs in a safetensors file: q [Tq, Hq, d], k and v [Tk, Hk, d], and for a batch of sequences cu_seqlens,
+// or cu_seqlens_q and cu_seqlens_k. Other tensors are passed over.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ namespace moba::cli {
 
 struct AttentionFile {
   Buffer q, k, v, cu_seqlens_q, cu_seqlens_k;
-  Inputs inputs;  // views of the above
+  Inputs inputs;                                 // views of the above
   std::vector<std::int64_t> starts_q, starts_k;  // the cu_seqlens; {0, total} where the file has none
 
   // The shapes of the file with what the user wants of them.

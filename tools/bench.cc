@@ -59,7 +59,8 @@ std::vector<Samples> time_stages(const Plan& plan, const Inputs& inputs, const A
   return samples;
 }
 
-Samples time_dense(const Plan& plan, const Inputs& inputs, const Arithmetic& arithmetic, int repeat, Progress& progress) {
+Samples time_dense(const Plan& plan, const Inputs& inputs, const Arithmetic& arithmetic, int repeat,
+                   Progress& progress) {
   const Results results(plan);
   std::vector<Samples> samples;
   run_dense(plan, inputs, results.outputs, progress);
@@ -80,10 +81,14 @@ void print_table(const std::vector<Samples>& samples) {
 }
 
 std::string to_json(const std::string& problem, const Plan& plan, int repeat, const std::vector<Samples>& samples) {
-  nlohmann::ordered_json report{{"version", version()},        {"compiler", compiler()},
-                                {"build_type", build_type()},  {"processor", processor_name()},
-                                {"kernels", plan.kernels()},   {"threads", plan.threads()},
-                                {"problem", problem},          {"repeat", repeat},
+  nlohmann::ordered_json report{{"version", version()},
+                                {"compiler", compiler()},
+                                {"build_type", build_type()},
+                                {"processor", processor_name()},
+                                {"kernels", plan.kernels()},
+                                {"threads", plan.threads()},
+                                {"problem", problem},
+                                {"repeat", repeat},
                                 {"stages", nlohmann::ordered_json::array()}};
   for (const Samples& stage : samples) {
     report["stages"].push_back({{"name", stage.name},
@@ -101,8 +106,7 @@ void bench(const BenchArguments& arguments) {
   if (!arguments.json.empty()) check_output(arguments.json);
   const TextProblem text = parse_problem(arguments.problem);
   const Plan plan(text.problem, text.options);
-  const MemoryUse use = memory_use(plan);
-  require_memory(use.q + use.k + use.v + use.out + use.lse + use.workspace + use.stages);
+  require_memory_for(plan);
 
   std::printf("moba %s, %s, %s, %s, %d cores\n", version(), compiler().c_str(), build_type().c_str(),
               processor_name().c_str(), cores());

@@ -8,10 +8,13 @@ namespace moba::cli {
 namespace {
 
 std::string describe_rope(const Rope& rope, std::int64_t head_dim) {
-  std::string text = std::string(word_of(rope.style, kRopeStyles)) + format(" base %g", rope.base);
+  std::string text(word_of(rope.style, kRopeStyles));
+  text += format(" base %g", rope.base);
   if (rope.rotary_dim != 0 && rope.rotary_dim != head_dim) text += " dim " + std::to_string(rope.rotary_dim);
   if (rope.scaling != RopeScaling::none) {
-    text += " " + std::string(word_of(rope.scaling, kRopeScalings)) + format(" factor %g", rope.factor);
+    text += ' ';
+    text += word_of(rope.scaling, kRopeScalings);
+    text += format(" factor %g", rope.factor);
   }
   return text;
 }
@@ -20,8 +23,9 @@ std::string describe_rope(const Rope& rope, std::int64_t head_dim) {
 
 std::string describe_attention(const Problem& problem, bool blocks) {
   const Config& config = problem.config;
-  std::string text = blocks ? "block size " + std::to_string(config.block_size) + ", top-k " + std::to_string(config.top_k)
-                            : "full attention";
+  std::string text = blocks
+                         ? "block size " + std::to_string(config.block_size) + ", top-k " + std::to_string(config.top_k)
+                         : "full attention";
   text += config.causal ? ", causal" : ", not causal";
   if (config.scale) text += format(", scale %g", *config.scale);
   if (problem.rope) text += ", rope " + describe_rope(*problem.rope, problem.head_dim);

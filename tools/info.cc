@@ -24,7 +24,7 @@ void info() {
   line("cores", std::to_string(cores()));
   line("memory", format_bytes(memory_bytes()));
   line("cpu targets", targets);
-  line("bf16 dot", !bf16.available ? "not available"
+  line("bf16 dot", !bf16.available  ? "not available"
                    : bf16.preferred ? "available, preferred"
                                     : "available, not preferred: widening is the faster here");
   line("backends", list_words(kBackends, " "));

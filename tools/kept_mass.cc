@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
+
+#include "text.h"
 
 namespace moba::cli {
 namespace {
@@ -29,7 +32,8 @@ std::vector<KeptMass> kept_mass(const Problem& problem, const std::vector<std::i
       for (std::int64_t row = starts_q[s]; row < starts_q[s + 1]; ++row) {
         if (!std::isfinite(moba_row[row]) || !std::isfinite(dense_row[row])) continue;
         // Rounding may put the kept part a hair above the whole.
-        const double mass = std::min(1.0, std::exp(static_cast<double>(moba_row[row]) - static_cast<double>(dense_row[row])));
+        const double mass =
+            std::min(1.0, std::exp(static_cast<double>(moba_row[row]) - static_cast<double>(dense_row[row])));
         sum += mass;
         ++head.rows;
         head.min = std::min(head.min, mass);
@@ -43,6 +47,19 @@ std::vector<KeptMass> kept_mass(const Problem& problem, const std::vector<std::i
     if (head.choosing_rows > 0) head.choosing_mean = choosing_sum / static_cast<double>(head.choosing_rows);
   }
   return heads;
+}
+
+void print_kept_mass(const std::vector<KeptMass>& heads) {
+  std::printf("share of the dense attention mass in the chosen blocks\n");
+  std::printf("%-8s %10s %10s %16s\n", "head", "mean", "min", "mean, choosing");
+  double sum = 0;
+  for (std::size_t h = 0; h < heads.size(); ++h) {
+    const std::string choosing = heads[h].choosing_rows == 0 ? "-" : format("%.1f %%", 100 * heads[h].choosing_mean);
+    std::printf("%-8zu %8.1f %% %8.1f %% %16s\n", h, 100 * heads[h].mean, 100 * heads[h].min, choosing.c_str());
+    sum += heads[h].mean;
+  }
+  std::printf("%-8s %8.1f %%\n", "all", 100 * sum / static_cast<double>(heads.size()));
+  std::printf("choosing: the rows with more than top-k blocks in reach; the others keep everything\n");
 }
 
 }  // namespace moba::cli

@@ -16,10 +16,13 @@ struct KeptMass {
   double mean = 1, choosing_mean = 1, min = 1;  // 1 where there is no row
 };
 
-// One entry per query head, over the rows of the sequences [first_sequence, last_sequence). `moba` and `dense` are lse [Hq, Tq] of the same
-// inputs. Rows without keys or with an lse that is not finite are left out.
+// One entry per query head, over the rows of the sequences [first_sequence, last_sequence). `moba` and `dense` are lse
+// [Hq, Tq] of the same inputs. Rows without keys or with an lse that is not finite are left out.
 std::vector<KeptMass> kept_mass(const Problem& problem, const std::vector<std::int64_t>& starts_q,
                                 const std::vector<std::int64_t>& starts_k, const ConstTensor& moba,
                                 const ConstTensor& dense, std::int64_t first_sequence, std::int64_t last_sequence);
+
+// A line per head.
+void print_kept_mass(const std::vector<KeptMass>& heads);
 
 }  // namespace moba::cli

@@ -28,4 +28,9 @@ void require_memory(double bytes) {
   throw Error("memory: " + format_bytes(bytes) + " are needed; this machine has " + format_bytes(memory_bytes()));
 }
 
+void require_memory_for(const Plan& plan) {
+  const MemoryUse use = memory_use(plan);
+  require_memory(use.q + use.k + use.v + use.out + use.lse + use.workspace + use.stages);
+}
+
 }  // namespace moba::cli

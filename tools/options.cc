@@ -27,7 +27,8 @@ CLI::Option* add_text(CLI::App& app, const std::string& name, std::function<void
   return app.add_option_function<std::string>(name, guarded, help)->type_name(type);
 }
 
-CLI::Option* add_real(CLI::App& app, const std::string& name, std::function<void(double)> set, const std::string& help) {
+CLI::Option* add_real(CLI::App& app, const std::string& name, std::function<void(double)> set,
+                      const std::string& help) {
   const auto read = [name, set = std::move(set)](const std::string& text) { set(parse_real(name, text)); };
   return add_text(app, name, read, "X", help);
 }
@@ -57,14 +58,14 @@ constexpr std::array kScalingNumbers{
                   [](Rope& rope, double x) { rope.factor = x; }, true, true, true},
     ScalingNumber{"--rope-original-max-position", "llama3, yarn: context of the unscaled model (default 8192)",
                   [](Rope& rope, double x) { rope.original_max_position = x; }, false, true, true},
-    ScalingNumber{"--rope-low-freq-factor", "llama3 (default 1)", [](Rope& rope, double x) { rope.low_freq_factor = x; },
-                  false, true, false},
+    ScalingNumber{"--rope-low-freq-factor", "llama3 (default 1)",
+                  [](Rope& rope, double x) { rope.low_freq_factor = x; }, false, true, false},
     ScalingNumber{"--rope-high-freq-factor", "llama3 (default 4)",
                   [](Rope& rope, double x) { rope.high_freq_factor = x; }, false, true, false},
     ScalingNumber{"--rope-beta-fast", "yarn (default 32)", [](Rope& rope, double x) { rope.beta_fast = x; }, false,
                   false, true},
-    ScalingNumber{"--rope-beta-slow", "yarn (default 1)", [](Rope& rope, double x) { rope.beta_slow = x; }, false, false,
-                  true},
+    ScalingNumber{"--rope-beta-slow", "yarn (default 1)", [](Rope& rope, double x) { rope.beta_slow = x; }, false,
+                  false, true},
     ScalingNumber{"--rope-attention-factor", "yarn (default 0.1 ln(factor) + 1)",
                   [](Rope& rope, double x) { rope.attention_factor = x; }, false, false, true},
 };
@@ -72,36 +73,48 @@ constexpr std::array kScalingNumbers{
 void add_rope_options(CLI::App& app, AttentionOptions& attention) {
   // Any of the options turns RoPE on.
   const auto rope = [&attention]() -> Rope& { return attention.rope ? *attention.rope : attention.rope.emplace(); };
-  app.add_flag_callback("--rope", [rope] { rope(); }, "rotate q and k, with the defaults below")->group(kRopeGroup);
-  add_real(app, "--rope-base", [rope](double x) { rope().base = x; }, "base of the frequencies (default 10000)")
+  app.add_flag_callback(
+         "--rope", [rope] { rope(); }, "rotate q and k, with the defaults below")
       ->group(kRopeGroup);
-  add_word(app, "--rope-style", kRopeStyles, [rope](RopeStyle x) { rope().style = x; },
-           "which dimensions pair up (default half-split)")
+  add_real(
+      app, "--rope-base", [rope](double x) { rope().base = x; }, "base of the frequencies (default 10000)")
       ->group(kRopeGroup);
-  add_int(app, "--rope-dim", 1, kAny, [rope](std::int64_t x) { rope().rotary_dim = x; },
-          "rotate the first N dimensions, even (default: all)")
+  add_word(
+      app, "--rope-style", kRopeStyles, [rope](RopeStyle x) { rope().style = x; },
+      "which dimensions pair up (default half-split)")
       ->group(kRopeGroup);
-  add_word(app, "--rope-scaling", kRopeScalings, [rope](RopeScaling x) { rope().scaling = x; },
-           "how a longer context changes the frequencies (default none)")
+  add_int(
+      app, "--rope-dim", 1, kAny, [rope](std::int64_t x) { rope().rotary_dim = x; },
+      "rotate the first N dimensions, even (default: all)")
+      ->group(kRopeGroup);
+  add_word(
+      app, "--rope-scaling", kRopeScalings, [rope](RopeScaling x) { rope().scaling = x; },
+      "how a longer context changes the frequencies (default none)")
       ->group(kRopeGroup);
   for (const ScalingNumber& number : kScalingNumbers) {
-    add_real(app, number.option, [rope, set = number.set](double x) { set(rope(), x); }, number.help)->group(kRopeGroup);
+    add_real(
+        app, number.option, [rope, set = number.set](double x) { set(rope(), x); }, number.help)
+        ->group(kRopeGroup);
   }
 }
 
 void add_execution_options(CLI::App& app, Options& options) {
-  add_word(app, "--backend", kBackends, [&options](Backend x) { options.backend = x; },
-           "cpu: vectorised and threaded; reference: float64, slow (default cpu)")
+  add_word(
+      app, "--backend", kBackends, [&options](Backend x) { options.backend = x; },
+      "cpu: vectorised and threaded; reference: float64, slow (default cpu)")
       ->group(kExecutionGroup);
-  add_int(app, "--threads", 0, std::numeric_limits<int>::max(),
-          [&options](std::int64_t x) { options.threads = static_cast<int>(x); },
-          "at most N threads; results do not depend on it (default 0: one per core)")
+  add_int(
+      app, "--threads", 0, std::numeric_limits<int>::max(),
+      [&options](std::int64_t x) { options.threads = static_cast<int>(x); },
+      "at most N threads; results do not depend on it (default 0: one per core)")
       ->group(kExecutionGroup);
-  add_text(app, "--cpu-target", [&options](const std::string& x) { options.cpu_target = x; }, "NAME",
-           "instruction set, one that moba info lists (default: the best)")
+  add_text(
+      app, "--cpu-target", [&options](const std::string& x) { options.cpu_target = x; }, "NAME",
+      "instruction set, one that moba info lists (default: the best)")
       ->group(kExecutionGroup);
-  add_word(app, "--bf16-products", kBf16Products, [&options](Bf16Products x) { options.bf16_products = x; },
-           "how bfloat16 is multiplied (default auto)")
+  add_word(
+      app, "--bf16-products", kBf16Products, [&options](Bf16Products x) { options.bf16_products = x; },
+      "how bfloat16 is multiplied (default auto)")
       ->group(kExecutionGroup);
 }
 
@@ -115,17 +128,20 @@ CLI::Option* add_int(CLI::App& app, const std::string& name, std::int64_t low, s
 
 void add_block_options(CLI::App& app, AttentionOptions& attention) {
   Config& config = attention.config;
-  add_int(app, "--block-size", 1, kAny, [&config](std::int64_t x) { config.block_size = x; },
-          "keys per block (default " + std::to_string(config.block_size) + ")");
-  add_int(app, "--top-k", 1, kAny, [&config](std::int64_t x) { config.top_k = x; },
-          "blocks per query, its own block among them (default " + std::to_string(config.top_k) + ")");
+  add_int(
+      app, "--block-size", 1, kAny, [&config](std::int64_t x) { config.block_size = x; },
+      "keys per block (default " + std::to_string(config.block_size) + ")");
+  add_int(
+      app, "--top-k", 1, kAny, [&config](std::int64_t x) { config.top_k = x; },
+      "blocks per query, its own block among them (default " + std::to_string(config.top_k) + ")");
 }
 
 void add_attention_options(CLI::App& app, AttentionOptions& attention) {
-  app.add_flag_callback("--no-causal", [&attention] { attention.config.causal = false; },
-                        "every query sees every key of its sequence");
-  add_real(app, "--scale", [&attention](double x) { attention.config.scale = x; },
-           "factor on q . k in the attention (default 1 / sqrt(d))");
+  app.add_flag_callback(
+      "--no-causal", [&attention] { attention.config.causal = false; }, "every query sees every key of its sequence");
+  add_real(
+      app, "--scale", [&attention](double x) { attention.config.scale = x; },
+      "factor on q . k in the attention (default 1 / sqrt(d))");
   add_rope_options(app, attention);
   add_execution_options(app, attention.options);
 }
@@ -140,7 +156,8 @@ void check_rope_options(const CLI::App& app, const AttentionOptions& attention) 
     }
   }
   if (scaling != RopeScaling::none && app.count("--rope-factor") == 0) {
-    throw CLI::ValidationError("--rope-scaling " + std::string(word_of(scaling, kRopeScalings)) + ": needs --rope-factor");
+    throw CLI::ValidationError("--rope-scaling " + std::string(word_of(scaling, kRopeScalings)) +
+                               ": needs --rope-factor");
   }
 }
 

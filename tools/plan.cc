@@ -29,9 +29,9 @@ void print_memory(const Plan& plan) {
 void print_arithmetic(const Arithmetic& arithmetic) {
   const double moba = arithmetic.pool + arithmetic.gate + arithmetic.attend;
   std::printf("arithmetic\n");
-  for (const auto& [name, flop] : {std::pair{"pool", arithmetic.pool}, std::pair{"gate", arithmetic.gate},
-                                   std::pair{"attend", arithmetic.attend}, std::pair{"MoBA", moba},
-                                   std::pair{"dense", arithmetic.dense}}) {
+  for (const auto& [name, flop] :
+       {std::pair{"pool", arithmetic.pool}, std::pair{"gate", arithmetic.gate}, std::pair{"attend", arithmetic.attend},
+        std::pair{"MoBA", moba}, std::pair{"dense", arithmetic.dense}}) {
     std::printf("  %-10s %14s\n", name, format_flop(flop).c_str());
   }
   if (moba > 0) std::printf("dense / MoBA %.2f\n", arithmetic.dense / moba);
@@ -46,8 +46,7 @@ void plan(const std::string& text) {
   std::printf("problem  %s\nkernels  %s\n\n", describe(problem).c_str(), plan.kernels().c_str());
   print_memory(plan);
   std::printf("\n");
-  print_arithmetic(
-      plan.arithmetic(start_offsets(batch, problem.seqlen_q), start_offsets(batch, problem.seqlen_k)));
+  print_arithmetic(plan.arithmetic(start_offsets(batch, problem.seqlen_q), start_offsets(batch, problem.seqlen_k)));
 }
 
 }  // namespace moba::cli

@@ -32,16 +32,18 @@ struct Key {
   std::function<void(Said&, std::string_view name, std::string_view value)> read;
 };
 
-auto whole(std::optional<std::int64_t> Said::* field, std::int64_t low, std::int64_t high) {
-  return [=](Said& said, std::string_view name, std::string_view value) { said.*field = parse_int(name, value, low, high); };
+auto whole(std::optional<std::int64_t> Said::*field, std::int64_t low, std::int64_t high) {
+  return [=](Said& said, std::string_view name, std::string_view value) {
+    said.*field = parse_int(name, value, low, high);
+  };
 }
 
-auto real(std::optional<double> Said::* field) {
+auto real(std::optional<double> Said::*field) {
   return [=](Said& said, std::string_view name, std::string_view value) { said.*field = parse_real(name, value); };
 }
 
 template <class Enum, class Words>
-auto word(std::optional<Enum> Said::* field, const Words& words) {
+auto word(std::optional<Enum> Said::*field, const Words& words) {
   return [field, &words](Said& said, std::string_view name, std::string_view value) {
     said.*field = parse_word(name, value, words);
   };
@@ -144,10 +146,10 @@ std::string problem_text_help() {
 
 std::string describe(const TextProblem& text) {
   const Problem& problem = text.problem;
-  const std::string lengths = text.seqlen_q == text.seqlen_k
-                                  ? format("tokens=%lld", static_cast<long long>(text.seqlen_q))
-                                  : format("tq=%lld tk=%lld", static_cast<long long>(text.seqlen_q),
-                                           static_cast<long long>(text.seqlen_k));
+  const std::string lengths =
+      text.seqlen_q == text.seqlen_k
+          ? format("tokens=%lld", static_cast<long long>(text.seqlen_q))
+          : format("tq=%lld tk=%lld", static_cast<long long>(text.seqlen_q), static_cast<long long>(text.seqlen_k));
   std::string line = format("%s batch=%lld q_heads=%lld kv_heads=%lld d=%lld block=%lld topk=%lld dtype=%s causal=%d",
                             lengths.c_str(), static_cast<long long>(problem.batch),
                             static_cast<long long>(problem.q_heads), static_cast<long long>(problem.kv_heads),

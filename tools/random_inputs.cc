@@ -17,11 +17,13 @@ std::uint64_t mix(std::uint64_t x) {
 
 // The sum of four 16-bit uniforms, made to have mean 0 and variance 1: near enough to a normal deviate.
 float deviate(std::uint64_t bits) {
-  const double sum = static_cast<double>((bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48));
+  const double sum =
+      static_cast<double>((bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48));
   return static_cast<float>((sum / 65536.0 - 2.0) * 1.7320508);
 }
 
-ConstTensor fill(Buffer& memory, DType dtype, std::int64_t tokens, std::int64_t heads, std::int64_t d, std::uint64_t seed) {
+ConstTensor fill(Buffer& memory, DType dtype, std::int64_t tokens, std::int64_t heads, std::int64_t d,
+                 std::uint64_t seed) {
   const std::int64_t count = tokens * heads * d;
   memory = Buffer(static_cast<std::size_t>(count) * size_in_bytes(dtype));
   for (std::int64_t i = 0; i < count; ++i) {

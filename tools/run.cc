@@ -13,11 +13,6 @@
 namespace moba::cli {
 namespace {
 
-void require_memory_for(const Plan& plan) {
-  const MemoryUse use = memory_use(plan);
-  require_memory(use.q + use.k + use.v + use.out + use.lse + use.workspace + use.stages);
-}
-
 // Writes the results and says what was done.
 void finish(const RunArguments& arguments, const AttentionFile& file, const Plan& plan, bool blocks,
             std::vector<StageTime> times, const std::vector<NamedTensor>& results) {

@@ -15,8 +15,8 @@ namespace {
 
 using nlohmann::json;
 
-// Reads the events of a JSON parser; the grammar of a header has four levels and no recursion, so nesting, however deep,
-// costs no stack: the first bracket that is out of place ends the parse.
+// Reads the events of a JSON parser; the grammar of a header has four levels and no recursion, so nesting, however
+// deep, costs no stack: the first bracket that is out of place ends the parse.
 class HeaderReader final : public nlohmann::json_sax<json> {
  public:
   SafetensorsHeader header;
@@ -66,7 +66,8 @@ class HeaderReader final : public nlohmann::json_sax<json> {
   }
 
   bool key(std::string& text) override {
-    if (place_ == Place::top && !names_.insert(text).second) return fail("tensor '" + printable(text) + "': is there twice");
+    if (place_ == Place::top && !names_.insert(text).second)
+      return fail("tensor '" + printable(text) + "': is there twice");
     if (place_ == Place::tensor) {
       if (text != "dtype" && text != "shape" && text != "data_offsets") {
         return fail(about() + "unknown field '" + printable(text) + "'; allowed: dtype, shape, data_offsets");
@@ -128,21 +129,26 @@ class HeaderReader final : public nlohmann::json_sax<json> {
 
   bool misplaced(const std::string& what) {
     switch (place_) {
-      case Place::outside: return fail("the header is " + what + "; an object is wanted");
-      case Place::top: return fail("tensor '" + printable(key_) + "': is " + what + "; an object is wanted");
-      case Place::metadata: return fail("__metadata__: '" + printable(key_) + "' is " + what + "; text is wanted");
+      case Place::outside:
+        return fail("the header is " + what + "; an object is wanted");
+      case Place::top:
+        return fail("tensor '" + printable(key_) + "': is " + what + "; an object is wanted");
+      case Place::metadata:
+        return fail("__metadata__: '" + printable(key_) + "' is " + what + "; text is wanted");
       case Place::tensor:
         return fail(about() + key_ + " is " + what + (key_ == "dtype" ? "; text is wanted" : "; an array is wanted"));
-      case Place::shape: return fail(about() + "shape holds " + what + "; whole numbers from 0 to 2^63 - 1 are wanted");
-      case Place::offsets: return fail(about() + "data_offsets holds " + what + "; whole numbers >= 0 are wanted");
+      case Place::shape:
+        return fail(about() + "shape holds " + what + "; whole numbers from 0 to 2^63 - 1 are wanted");
+      case Place::offsets:
+        return fail(about() + "data_offsets holds " + what + "; whole numbers >= 0 are wanted");
     }
     return false;
   }
 
   Place place_ = Place::outside;
-  std::string key_;                  // the last key read
-  std::set<std::string> names_;      // of the tensors
-  std::set<std::string> fields_;     // of the current tensor
+  std::string key_;               // the last key read
+  std::set<std::string> names_;   // of the tensors
+  std::set<std::string> fields_;  // of the current tensor
   std::vector<std::uint64_t> offsets_;
 };
 
@@ -152,11 +158,11 @@ std::uint64_t dtype_bits(std::string_view dtype) {
     std::string_view dtype;
     std::uint64_t bits;
   };
-  static constexpr std::array kRows{
-      Row{"F32", 32},    Row{"F16", 16},    Row{"BF16", 16},    Row{"I32", 32},     Row{"I64", 64},
-      Row{"F64", 64},    Row{"C64", 64},    Row{"U64", 64},     Row{"U32", 32},     Row{"I16", 16},
-      Row{"U16", 16},    Row{"I8", 8},      Row{"U8", 8},       Row{"BOOL", 8},     Row{"F8_E5M2", 8},
-      Row{"F8_E4M3", 8}, Row{"F8_E8M0", 8}, Row{"F6_E2M3", 6},  Row{"F6_E3M2", 6},  Row{"F4", 4}};
+  static constexpr std::array kRows{Row{"F32", 32},    Row{"F16", 16},    Row{"BF16", 16},   Row{"I32", 32},
+                                    Row{"I64", 64},    Row{"F64", 64},    Row{"C64", 64},    Row{"U64", 64},
+                                    Row{"U32", 32},    Row{"I16", 16},    Row{"U16", 16},    Row{"I8", 8},
+                                    Row{"U8", 8},      Row{"BOOL", 8},    Row{"F8_E5M2", 8}, Row{"F8_E4M3", 8},
+                                    Row{"F8_E8M0", 8}, Row{"F6_E2M3", 6}, Row{"F6_E3M2", 6}, Row{"F4", 4}};
   const auto* row = std::find_if(kRows.begin(), kRows.end(), [&](const Row& r) { return r.dtype == dtype; });
   return row == kRows.end() ? 0 : row->bits;
 }
@@ -193,8 +199,9 @@ void check_layout(const std::vector<FileTensor>& tensors, std::uint64_t data_byt
                   std::to_string(data_bytes) + " bytes of data");
     }
     if (tensor.begin != at) {
-      throw Error(about + "its data begins at byte " + std::to_string(tensor.begin) + "; the tensor before it ends at " +
-                  std::to_string(at) + (tensor.begin < at ? ": they overlap" : ": a hole"));
+      throw Error(about + "its data begins at byte " + std::to_string(tensor.begin) +
+                  "; the tensor before it ends at " + std::to_string(at) +
+                  (tensor.begin < at ? ": they overlap" : ": a hole"));
     }
     at = tensor.end;
   }
@@ -216,7 +223,8 @@ std::string describe(const FileTensor& tensor) {
 }
 
 SafetensorsHeader parse_safetensors_header(std::string_view json_text, std::uint64_t data_bytes) {
-  if (json_text.empty() || json_text.front() != '{') throw Error("not a safetensors file: its header does not begin with {");
+  if (json_text.empty() || json_text.front() != '{')
+    throw Error("not a safetensors file: its header does not begin with {");
   // The JSON parser takes a zero byte for the end of its input; what follows would go unseen.
   if (json_text.find('\0') != json_text.npos) throw Error("the header is not valid JSON: it holds a zero byte");
   HeaderReader reader;

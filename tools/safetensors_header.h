@@ -1,5 +1,5 @@
-// The header of a safetensors file: what tensors there are and where their bytes lie. Text in, checked facts out; no file
-// is touched here. The format: https://github.com/huggingface/safetensors (README, "Format").
+// The header of a safetensors file: what tensors there are and where their bytes lie. Text in, checked facts out; no
+// file is touched here. The format: https://github.com/huggingface/safetensors (README, "Format").
 #pragma once
 
 #include <cstdint>
@@ -23,9 +23,9 @@ struct SafetensorsHeader {
   std::map<std::string, std::string> metadata;
 };
 
-// Parses the JSON of a header whose file holds `data_bytes` bytes after it. Refuses (moba::Error, one line) whatever the
-// format does not allow: other JSON, duplicate or unknown keys, unknown dtypes, shapes that overflow or do not fit the
-// bytes, and data that overlaps, has holes or does not end where the file ends.
+// Parses the JSON of a header whose file holds `data_bytes` bytes after it. Refuses (moba::Error, one line) whatever
+// the format does not allow: other JSON, duplicate or unknown keys, unknown dtypes, shapes that overflow or do not fit
+// the bytes, and data that overlaps, has holes or does not end where the file ends.
 SafetensorsHeader parse_safetensors_header(std::string_view json, std::uint64_t data_bytes);
 
 // "bf16 [4096, 9, 64]"-like text of a tensor of a file, for messages.

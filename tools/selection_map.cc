@@ -18,28 +18,30 @@ SelectionMap make_selection_map(const Plan& plan, const Selection& selection, st
   map.columns = (blocks - 1) / map.blocks_per_cell + 1;
   map.first_row = first_drawn / block / map.blocks_per_cell;
   map.rows = map.columns - map.first_row;
-  map.shares.assign(static_cast<std::size_t>(heads), std::vector<float>(static_cast<std::size_t>(map.rows * map.columns)));
+  map.shares.assign(static_cast<std::size_t>(heads),
+                    std::vector<double>(static_cast<std::size_t>(map.rows * map.columns)));
 
   const auto cell_row = [&](std::int64_t position) { return position / block / map.blocks_per_cell - map.first_row; };
   std::vector<std::int64_t> queries(static_cast<std::size_t>(map.rows));  // tokens in each cell row
-  for (std::int64_t position = first_drawn; position < k_len; ++position) ++queries[static_cast<std::size_t>(cell_row(position))];
+  for (std::int64_t position = first_drawn; position < k_len; ++position)
+    ++queries[static_cast<std::size_t>(cell_row(position))];
 
   const auto* ids = static_cast<const std::int32_t*>(selection.ids.data);
   for (std::int64_t position = first_drawn; position < k_len; ++position) {
     const std::int64_t token = q_begin + position - first_position, row = cell_row(position);
     for (std::int64_t h = 0; h < heads; ++h) {
-      float* cells = map.shares[static_cast<std::size_t>(h)].data() + row * map.columns;
+      double* cells = map.shares[static_cast<std::size_t>(h)].data() + row * map.columns;
       for (std::int64_t slot = 0; slot < slots; ++slot) {
         const std::int32_t id = ids[(token * heads + h) * slots + slot];
-        if (id >= 0) cells[id / map.blocks_per_cell] += 1.0f;
+        if (id >= 0) cells[id / map.blocks_per_cell] += 1.0;
       }
     }
   }
-  for (std::vector<float>& head : map.shares) {
+  for (std::vector<double>& head : map.shares) {
     for (std::size_t cell = 0; cell < head.size(); ++cell) {
       const std::int64_t column = static_cast<std::int64_t>(cell) % map.columns;
       const std::int64_t width = std::min(map.blocks_per_cell, blocks - column * map.blocks_per_cell);
-      head[cell] /= static_cast<float>(queries[cell / static_cast<std::size_t>(map.columns)] * width);
+      head[cell] /= static_cast<double>(queries[cell / static_cast<std::size_t>(map.columns)] * width);
     }
   }
   return map;

@@ -9,17 +9,17 @@
 
 namespace moba::cli {
 
-// One sequence. A cell covers `blocks_per_cell` query blocks (rows) by as many key blocks (columns), aligned to multiples
-// of that; its share is that of the (query, key block) pairs within it that the selection holds, so that with one block
-// per cell it is the share of the queries of the block that chose the key block.
+// One sequence. A cell covers `blocks_per_cell` query blocks (rows) by as many key blocks (columns), aligned to
+// multiples of that; its share is that of the (query, key block) pairs within it that the selection holds, so that with
+// one block per cell it is the share of the queries of the block that chose the key block.
 struct SelectionMap {
   std::int64_t rows = 0, columns = 0;
   std::int64_t first_row = 0;  // the cell row, counted from position 0, where rows begins
   std::int64_t blocks_per_cell = 1;
   std::int64_t query_tokens = 0, key_tokens = 0;
-  std::vector<std::vector<float>> shares;  // per head: [rows][columns]
+  std::vector<std::vector<double>> shares;  // per head: [rows][columns]
 
-  float share(std::size_t head, std::int64_t row, std::int64_t column) const {
+  double share(std::size_t head, std::int64_t row, std::int64_t column) const {
     return shares[head][static_cast<std::size_t>(row * columns + column)];
   }
 };

@@ -43,8 +43,12 @@ Results::Results(const Plan& plan) {
 }
 
 StagedForward::StagedForward(const Plan& plan, const Inputs& inputs)
-    : plan_(plan), inputs_(inputs), rotated_(inputs), workspace_(plan.workspace_bytes()),
-      selection_memory_(plan.selection_bytes()), selection_(make_selection(plan, selection_memory_.span())),
+    : plan_(plan),
+      inputs_(inputs),
+      rotated_(inputs),
+      workspace_(plan.workspace_bytes()),
+      selection_memory_(plan.selection_bytes()),
+      selection_(make_selection(plan, selection_memory_.span())),
       results_(plan) {
   const Problem& problem = plan.problem();
   const std::int64_t d = problem.head_dim;

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -22,62 +23,103 @@
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
 
-// Scores as integers of the same order, in place: -inf .. +inf ascending, -0 equal to +0, NaN below everything.
-inline void order_scores(float* scores, std::int64_t n) {
+// Turns scores[0..n) into integers of the same order, in place: -inf .. +inf ascending, -0 equal to +0, NaN below all;
+// kLowest follows up to a whole vector. Returns the maximum of each lane.
+constexpr std::int32_t kLowest = std::numeric_limits<std::int32_t>::min();
+HWY_INLINE hn::Vec<I32> order_scores(float* scores, std::int64_t n) {
   const F32 df;
   const I32 di;
+  const auto lowest = hn::Set(di, kLowest);
+  auto maxima = lowest;
   for (std::int64_t j = 0; j < n; j += kLanes) {
     const VF s = hn::Add(hn::LoadU(df, scores + j), hn::Zero(df));
     const auto bits = hn::BitCast(di, s);
-    const auto magnitude = hn::And(hn::BroadcastSignBit(bits), hn::Set(di, 0x7fffffff));
-    const auto lowest = hn::Set(di, std::numeric_limits<std::int32_t>::min());
-    const auto ordered = hn::IfThenElse(hn::RebindMask(di, hn::IsNaN(s)), lowest, hn::Xor(bits, magnitude));
+    auto ordered = hn::Xor(bits, hn::And(hn::BroadcastSignBit(bits), hn::Set(di, 0x7fffffff)));
+    ordered = hn::IfThenElse(hn::RebindMask(di, hn::IsNaN(s)), lowest, ordered);
+    if (n - j < kLanes) ordered = hn::IfThenElse(hn::FirstN(di, static_cast<std::size_t>(n - j)), ordered, lowest);
+    maxima = hn::Max(maxima, ordered);
     hn::StoreU(hn::BitCast(df, ordered), df, scores + j);
   }
+  return maxima;
 }
 
-// The best `capacity` (score, block) of those offered; a pair is one integer, score above block, so that among equal
-// scores the more recent block is the greater.
+// The `rank`-th largest of the lanes, or less where lanes are equal.
+HWY_INLINE std::int32_t ranked_lane(hn::Vec<I32> lanes, std::int64_t rank) {
+  const I32 di;
+  for (; rank > 1; --rank) {
+    lanes = hn::IfThenElse(hn::Eq(lanes, hn::MaxOfLanes(di, lanes)), hn::Set(di, kLowest), lanes);
+  }
+  return hn::GetLane(hn::MaxOfLanes(di, lanes));
+}
+
+// The best `capacity` blocks of those offered so far, ascending. An entry is one integer, the ordered score above the
+// block, so that among equal scores the more recent block is the greater.
 class BestBlocks {
  public:
   BestBlocks() = default;
   BestBlocks(std::int64_t* list, std::int64_t capacity) : list_(list), capacity_(capacity) {}
 
-  void offer(std::int32_t score, std::int64_t block) {
-    const std::int64_t entry = static_cast<std::int64_t>(score) * (std::int64_t{1} << 32) + block;
-    if (size_ == capacity_ && entry <= list_[size_ - 1]) return;
-    if (size_ < capacity_) ++size_;
-    std::int64_t j = size_ - 1;
-    for (; j > 0 && list_[j - 1] < entry; --j) list_[j] = list_[j - 1];
-    list_[j] = entry;
-  }
-
-  // Offers ordered scores[0..n) of blocks first .. first + n.
-  void offer_all(const float* scores, std::int64_t first, std::int64_t n) {
-    const I32 di;
-    const std::int32_t* ordered = reinterpret_cast<const std::int32_t*>(scores);
-    for (std::int64_t j = (n - 1) / kLanes * kLanes; j >= 0; j -= kLanes) {
-      const bool full = size_ == capacity_;
-      const std::int32_t bar = full ? static_cast<std::int32_t>(list_[size_ - 1] >> 32) : 0;
-      // Blocks come newest first, so one that only equals the bar is older than those listed.
-      if (full && hn::AllFalse(di, hn::Gt(hn::LoadU(di, ordered + j), hn::Set(di, bar)))) continue;
-      for (std::int64_t i = std::min(n, j + kLanes) - 1; i >= j; --i) {
-        std::int32_t score;
-        std::memcpy(&score, scores + i, sizeof(score));
-        offer(score, first + i);
-      }
+  // Offers blocks first .. first + n, all older than those offered before. Overwrites the scores. `spare` has room for
+  // 2 (n + capacity) entries.
+  void offer(float* scores, std::int64_t first, std::int64_t n, std::int64_t* spare) {
+    const hn::Vec<I32> maxima = order_scores(scores, n);
+    std::int32_t bar = kLowest;  // scores below it need not be looked at
+    if (size_ == capacity_) {
+      // Older than what is listed, so an equal score does not do.
+      bar = static_cast<std::int32_t>(least_ >> 32) + 1;
+    } else if (size_ == 0 && capacity_ <= kLanes) {
+      bar = ranked_lane(maxima, capacity_);  // so many lanes hold a score as high as this
     }
+    const std::int64_t found = collect(scores, first, n, bar, spare);
+    if (found > 0) add(spare, found);
   }
 
-  // The blocks listed, in no order, to ids; returns how many.
+  // The blocks listed, ascending, to ids; returns how many.
   std::int64_t blocks(std::int32_t* ids) const {
     for (std::int64_t j = 0; j < size_; ++j) ids[j] = static_cast<std::int32_t>(list_[j] & 0xffffffff);
     return size_;
   }
 
  private:
+  static std::int64_t collect(const float* ordered, std::int64_t first, std::int64_t n, std::int32_t bar, std::int64_t* to) {
+    const F32 df;
+    const I32 di;
+    std::int64_t found = 0;
+    for (std::int64_t j = 0; j < n; j += kLanes) {
+      const auto high = hn::Not(hn::Lt(hn::BitCast(di, hn::LoadU(df, ordered + j)), hn::Set(di, bar)));
+      std::uint8_t bytes[8] = {};
+      hn::StoreMaskBits(di, high, bytes);
+      std::uint64_t bits;
+      std::memcpy(&bits, bytes, sizeof(bits));
+      if (n - j < kLanes) bits &= (std::uint64_t{1} << (n - j)) - 1;
+      for (; bits != 0; bits &= bits - 1) {
+        const std::int64_t i = j + std::countr_zero(bits);
+        std::int32_t score;
+        std::memcpy(&score, ordered + i, sizeof(score));
+        to[found++] = static_cast<std::int64_t>(score) * (std::int64_t{1} << 32) + (first + i);
+      }
+    }
+    return found;
+  }
+
+  // Puts entries[0..found) before the list and drops the least of all until `capacity` are left.
+  void add(std::int64_t* entries, std::int64_t found) {
+    std::copy_n(list_, size_, entries + found);
+    const std::int64_t total = found + size_;
+    least_ = std::numeric_limits<std::int64_t>::min();
+    if (total >= capacity_) {
+      std::int64_t* sorted = entries + total;
+      std::copy_n(entries, total, sorted);
+      std::nth_element(sorted, sorted + (total - capacity_), sorted + total);
+      least_ = sorted[total - capacity_];
+    }
+    const std::int64_t least = least_;
+    size_ = std::copy_if(entries, entries + total, list_, [least](std::int64_t entry) { return entry >= least; }) - list_;
+  }
+
   std::int64_t* list_ = nullptr;
   std::int64_t capacity_ = 0, size_ = 0;
+  std::int64_t least_ = 0;  // of a full list
 };
 
 // The rows of one key head among the query tokens of one sequence.
@@ -140,8 +182,7 @@ class GateRows {
       for (std::int64_t i = 0; i < end - begin; ++i) {
         const std::int64_t n = std::min(blocks, candidates((begin + i) / group_) - first);
         if (n <= 0) continue;
-        order_scores(scores[static_cast<std::size_t>(i)], n);
-        best[static_cast<std::size_t>(i)].offer_all(scores[static_cast<std::size_t>(i)], first, n);
+        best[static_cast<std::size_t>(i)].offer(scores[static_cast<std::size_t>(i)], first, n, s_.spare);
       }
     }
   }
@@ -153,7 +194,6 @@ class GateRows {
     std::int64_t count = 0;
     if (must_choose(token)) {
       count = best.blocks(ids);
-      std::sort(ids, ids + count);
     } else if (wanted_ > 0) {
       count = candidates(token);
       std::iota(ids, ids + count, 0);

@@ -39,7 +39,8 @@ GateScratch::GateScratch(Carver& carver, const Plan::Impl& plan)
     : centroids(carver.take<float>(plan.problem.head_dim * padded(ceil_div(plan.problem.max_seqlen_k, plan.problem.config.block_size)))),
       q(carver.take<float>(kRowTile * plan.problem.head_dim)),
       scores(carver.take<float>(kRowTile * kGateTile)),
-      best(carver.take<std::int64_t>(kRowTile * plan.slots)) {}
+      best(carver.take<std::int64_t>(kRowTile * plan.slots)),
+      spare(carver.take<std::int64_t>(2 * (kGateTile + plan.slots))) {}
 
 RopeScratch::RopeScratch(Carver& carver, const Plan::Impl& plan)
     : cos(carver.take<float>(RopeTable::kRun * plan.rope->pairs() + kMaxLanes)),

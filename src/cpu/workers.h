@@ -89,6 +89,7 @@ struct GateScratch {
   float* q;            // [kRowTile][d]
   float* scores;       // [kRowTile][kGateTile]
   std::int64_t* best;  // [kRowTile][slots]
+  std::int64_t* spare; // [2][kGateTile + slots]
 
   GateScratch(Carver& carver, const Plan::Impl& plan);
 };

@@ -56,8 +56,9 @@ void gate(const Call& call, const ConstTensor& centroids, const Selection& selec
         std::sort(chosen.begin(), chosen.end());
         counts[at(selection.counts, token, head)] = static_cast<std::int32_t>(chosen.size());
         chosen.resize(static_cast<std::size_t>(call.plan.slots), -1);
-        for (std::int64_t slot = 0; slot < call.plan.slots; ++slot)
+        for (std::int64_t slot = 0; slot < call.plan.slots; ++slot) {
           ids[at(selection.ids, token, head, slot)] = chosen[slot];
+        }
       }
     }
   }

@@ -1,0 +1,216 @@
+#include "command_line.h"
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <exception>
+#include <functional>
+#include <new>
+
+#include "commands.h"
+#include "moba/info.h"
+#include "options.h"
+#include "problem_text.h"
+#include "text.h"
+
+namespace moba::cli {
+namespace {
+
+const char* const kOverview =
+    R"(Mixture of Block Attention on the CPU: every query attends to the top-k blocks of keys that it
+scores highest, its own block among them.)";
+
+const char* const kExamples = R"(
+Start here:
+  moba compare data/smollm2-135m-layer15.safetensors --rope-base 100000
+  moba plan 'tokens=32768 q_heads=32 kv_heads=8 d=128 dtype=bf16'
+  moba COMMAND --help
+
+Exit codes: 0 done, 1 refused input or failure, 2 wrong command line.)";
+
+const char* const kFileHelp = R"(
+The input holds q [Tq, Hq, d] and k, v [Tk, Hk, d], all F32, F16 or BF16, Hq a multiple of Hk. Sequences packed
+one after another are told apart by I32 cu_seqlens [sequences + 1] from 0 to the token count, or by cu_seqlens_q
+and cu_seqlens_k where queries and keys differ. Other tensors are passed over.
+)";
+
+// Every command's arguments live here while the command line is parsed and the command runs.
+struct Parsed {
+  RunArguments run, dense;
+  CompareArguments compare;
+  MapArguments map;
+  std::string plan_problem;
+  BenchArguments bench;
+  std::function<void()> command;  // what the command line asks for
+};
+
+void add_input(CLI::App& app, std::string& input) {
+  app.add_option("IN", input, "safetensors file with q, k and v")->required()->type_name("");
+}
+
+void add_output(CLI::App& app, std::string& output, const char* help) {
+  app.add_option("-o,--output", output, help)->required()->type_name("FILE");
+}
+
+int to_int(std::int64_t value) { return static_cast<int>(value); }
+
+void add_run(CLI::App& app, Parsed& parsed) {
+  RunArguments& arguments = parsed.run;
+  CLI::App& command = *app.add_subcommand("run", "MoBA on the tensors of a file");
+  add_input(command, arguments.input);
+  add_output(command, arguments.output, "safetensors file to write: out [Tq, Hq, d] and lse F32 [Hq, Tq]");
+  add_block_options(command, arguments.attention);
+  add_attention_options(command, arguments.attention);
+  command.add_flag("--selection", arguments.write_selection,
+                   "also write the chosen blocks: selection I32 [Tq, Hq, slots], ascending, then -1");
+  command.add_flag("--quiet", arguments.quiet, "print nothing");
+  command.footer(std::string(kFileHelp) + R"(
+Examples:
+  moba run qkv.safetensors -o out.safetensors --block-size 128 --top-k 8
+  moba run qkv.safetensors -o out.safetensors --rope-base 100000 --selection
+  moba run qkv.safetensors -o out.safetensors --rope-base 500000 --rope-scaling llama3 --rope-factor 8
+  moba run qkv.safetensors -o exact.safetensors --backend reference)");
+  command.callback([&] {
+    check_rope_options(command, arguments.attention);
+    parsed.command = [&] { run(arguments); };
+  });
+}
+
+void add_dense(CLI::App& app, Parsed& parsed) {
+  RunArguments& arguments = parsed.dense;
+  CLI::App& command = *app.add_subcommand("dense", "full attention on the tensors of a file");
+  add_input(command, arguments.input);
+  add_output(command, arguments.output, "safetensors file to write: out [Tq, Hq, d] and lse F32 [Hq, Tq]");
+  add_attention_options(command, arguments.attention);
+  command.add_flag("--quiet", arguments.quiet, "print nothing");
+  command.footer(std::string(kFileHelp) + R"(
+Example:
+  moba dense qkv.safetensors -o dense.safetensors --rope-base 100000)");
+  command.callback([&] {
+    check_rope_options(command, arguments.attention);
+    parsed.command = [&] { dense(arguments); };
+  });
+}
+
+void add_compare(CLI::App& app, Parsed& parsed) {
+  CompareArguments& arguments = parsed.compare;
+  CLI::App& command = *app.add_subcommand("compare", "MoBA against full attention: speed, error, attention kept");
+  add_input(command, arguments.input);
+  add_block_options(command, arguments.attention);
+  add_int(
+      command, "--repeat", 1, 1000, [&](std::int64_t x) { arguments.repeat = to_int(x); },
+      "passes to time, the fastest counts (default 3)");
+  add_int(
+      command, "--check-rows", 0, std::numeric_limits<std::int64_t>::max(),
+      [&](std::int64_t x) { arguments.check_rows = x; },
+      "hold only the last N query tokens against float64 (default: all)");
+  command.add_option("--svg", arguments.svg, "also write the picture of moba map")->type_name("FILE");
+  add_attention_options(command, arguments.attention);
+  command.footer(std::string(kFileHelp) + R"(
+The error of a row is |out - float64| / |float64|. The share of the dense attention mass is how much of the softmax
+of full attention lies on keys in the chosen blocks.
+
+Examples:
+  moba compare data/smollm2-135m-layer15.safetensors --rope-base 100000 --svg map.svg
+  moba compare qkv.safetensors --block-size 64 --top-k 4 --check-rows 256)");
+  command.callback([&] {
+    check_rope_options(command, arguments.attention);
+    parsed.command = [&] { compare(arguments); };
+  });
+}
+
+void add_map(CLI::App& app, Parsed& parsed) {
+  MapArguments& arguments = parsed.map;
+  CLI::App& command = *app.add_subcommand("map", "the chosen blocks as a picture");
+  add_input(command, arguments.input);
+  add_output(command, arguments.output, "SVG file to write");
+  add_block_options(command, arguments.attention);
+  add_int(
+      command, "--sequence", 0, std::numeric_limits<std::int64_t>::max(),
+      [&](std::int64_t x) { arguments.sequence = x; }, "which sequence of a pack (default 0)");
+  add_attention_options(command, arguments.attention);
+  command.footer(std::string(kFileHelp) + R"(
+One panel per query head: query blocks from top to bottom, key blocks from left to right; the darker a cell, the more
+queries of the block chose the key block. Beside each head stands the share of the dense attention mass it keeps.
+
+Example:
+  moba map data/smollm2-135m-layer15.safetensors -o map.svg --rope-base 100000)");
+  command.callback([&] {
+    check_rope_options(command, arguments.attention);
+    parsed.command = [&] { map(arguments); };
+  });
+}
+
+void add_plan(CLI::App& app, Parsed& parsed) {
+  CLI::App& command = *app.add_subcommand("plan", "memory and arithmetic of a problem, before running it");
+  command.add_option("PROBLEM", parsed.plan_problem, "the problem as text, see below")->required()->type_name("");
+  command.footer("\n" + problem_text_help() + R"(
+Examples:
+  moba plan 'tokens=32768 q_heads=32 kv_heads=8 d=128 block=128 topk=8 dtype=bf16'
+  moba plan 'tq=1 tk=100000 batch=16 q_heads=32 kv_heads=8'     (decoding))");
+  command.callback([&] { parsed.command = [&] { plan(parsed.plan_problem); }; });
+}
+
+void add_bench(CLI::App& app, Parsed& parsed) {
+  BenchArguments& arguments = parsed.bench;
+  CLI::App& command = *app.add_subcommand("bench", "times of a problem, stage by stage");
+  command.add_option("PROBLEM", arguments.problem, "the problem as text, see below")->required()->type_name("");
+  add_int(
+      command, "--repeat", 1, 100000, [&](std::int64_t x) { arguments.repeat = to_int(x); },
+      "timed passes, after one to warm up (default 5)");
+  command.add_flag_callback(
+      "--no-dense", [&] { arguments.dense = false; }, "leave full attention out");
+  command.add_option("--json", arguments.json, "also write the figures as JSON")->type_name("FILE");
+  command.footer("\n" + problem_text_help() + R"(
+The tensors are random. GFLOP/s come from the fastest pass and the arithmetic that moba plan states.
+
+Examples:
+  moba bench 'tokens=16384 q_heads=8 kv_heads=2'
+  moba bench 'tokens=16384 q_heads=8 kv_heads=2 dtype=bf16 threads=1' --no-dense --json bench.json)");
+  command.callback([&] { parsed.command = [&] { bench(arguments); }; });
+}
+
+void add_info(CLI::App& app, Parsed& parsed) {
+  CLI::App& command = *app.add_subcommand("info", "this build and this machine, for bug reports");
+  command.callback([&] { parsed.command = [] { info(); }; });
+}
+
+// One line on standard error, whatever is in the message.
+int fail(int code, const std::string& message) {
+  std::fprintf(stderr, "moba: %s\n", printable(message, 2000).c_str());
+  return code;
+}
+
+int run_guarded(const std::function<void()>& command) {
+  try {
+    command();
+  } catch (const std::bad_alloc&) {
+    return fail(1, "out of memory");
+  } catch (const std::exception& error) {
+    return fail(1, error.what());
+  }
+  if (std::fflush(stdout) != 0 || std::ferror(stdout)) return fail(1, "cannot write to standard output");
+  return 0;
+}
+
+}  // namespace
+
+int run_command_line(int argc, const char* const* argv) {
+  Parsed parsed;
+  CLI::App app(kOverview, "moba");
+  app.footer(kExamples);
+  app.require_subcommand(1);
+  app.set_version_flag("--version", std::string("moba ") + version());
+  app.get_formatter()->column_width(34);
+  for (const auto add : {add_run, add_dense, add_compare, add_map, add_plan, add_bench, add_info}) add(app, parsed);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
+    const auto chosen = app.get_subcommands();
+    const std::string command = chosen.empty() ? "moba" : "moba " + chosen.front()->get_name();
+    return fail(2, std::string(error.what()) + " (see " + command + " --help)");
+  }
+  return run_guarded(parsed.command);
+}
+
+}  // namespace moba::cli

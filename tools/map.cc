@@ -1,0 +1,39 @@
+// moba map: the selection as a picture.
+#include <cstdio>
+
+#include "attention_file.h"
+#include "commands.h"
+#include "kept_mass.h"
+#include "memory_use.h"
+#include "moba/error.h"
+#include "output_file.h"
+#include "picture.h"
+#include "stages.h"
+
+namespace moba::cli {
+
+void map(const MapArguments& arguments) {
+  check_output(arguments.output);
+  const AttentionFile file = read_attention_file(arguments.input);
+  const Plan plan(file.problem(arguments.attention), arguments.attention.options);
+  const std::int64_t batch = plan.problem().batch;
+  if (arguments.sequence >= batch) {
+    throw Error("--sequence: is " + std::to_string(arguments.sequence) + "; the file holds " + std::to_string(batch) +
+                " sequences, numbered from 0");
+  }
+  require_memory_for(plan);
+  StagedForward forward(plan, file.inputs);
+  const Results full(plan);
+  {
+    Progress progress;
+    forward.run(progress);
+    run_dense(plan, file.inputs, full.outputs, progress);
+  }
+  const std::vector<KeptMass> mass = kept_mass(plan.problem(), file.starts_q, file.starts_k, forward.outputs().lse,
+                                               full.outputs.lse, arguments.sequence, arguments.sequence + 1);
+  write_picture(arguments.output, arguments.input, plan, file, forward.selection(), mass, arguments.sequence);
+  print_kept_mass(mass);
+  std::printf("\n%s: the picture\n", arguments.output.c_str());
+}
+
+}  // namespace moba::cli

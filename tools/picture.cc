@@ -1,0 +1,32 @@
+#include "picture.h"
+
+#include <filesystem>
+
+#include "describe.h"
+#include "output_file.h"
+#include "selection_map.h"
+#include "selection_svg.h"
+#include "text.h"
+
+namespace moba::cli {
+
+void write_picture(const std::string& path, const std::string& input, const Plan& plan, const AttentionFile& file,
+                   const Selection& selection, const std::vector<KeptMass>& mass, std::int64_t sequence) {
+  const auto s = static_cast<std::size_t>(sequence);
+  const std::int64_t k_len = file.starts_k[s + 1] - file.starts_k[s];
+  const SelectionMap map = make_selection_map(plan, selection, file.starts_q[s], file.starts_q[s + 1], k_len,
+                                              most_cells_for(plan.problem().q_heads));
+  SvgText text;
+  text.causal = plan.problem().config.causal;
+  text.title = "MoBA: which key blocks the queries chose";
+  text.subtitle = std::filesystem::path(input).filename().string() +
+                  (plan.problem().batch == 1 ? "" : ", sequence " + std::to_string(sequence)) +
+                  format(": %lld queries, %lld keys; ", static_cast<long long>(map.query_tokens),
+                         static_cast<long long>(map.key_tokens)) +
+                  describe_attention(plan.problem(), true);
+  OutputFile svg(path);
+  svg.write(draw_selection(map, mass, text));
+  svg.commit();
+}
+
+}  // namespace moba::cli

@@ -1,0 +1,203 @@
+#include "selection_svg.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "text.h"
+
+namespace moba::cli {
+namespace {
+
+constexpr int kLevels = 10;       // of darkness
+constexpr int kMargin = 24;       // around everything
+constexpr int kHeader = 112;      // title, subtitle, legend
+constexpr int kAxis = 44;         // left of the panels, for numbers and their name
+constexpr int kFooter = 40;       // below the panels, for the same
+constexpr int kTitle = 24;        // above each panel
+constexpr int kGap = 22;          // between panels
+constexpr int kLeastWidth = 640;  // the texts need it
+
+const char* const kStyle = R"(<style>
+text{font-family:system-ui,-apple-system,"Segoe UI","DejaVu Sans",sans-serif;font-size:13px;fill:#1f2328}
+.title{font-size:19px;font-weight:600}.head{font-weight:600}.soft{fill:#59636e}.tick{font-size:11px;fill:#59636e}
+.page{fill:#fff}.panel{fill:#fff;stroke:#c3cad2}.reach{fill:#eef1f4}.cells{stroke:#08519c;fill:none}.swatch{fill:#08519c}
+@media(prefers-color-scheme:dark){text{fill:#e6edf3}.soft,.tick{fill:#9aa4af}.page{fill:#0d1117}
+.panel{fill:#0d1117;stroke:#3d444d}.reach{fill:#1a2029}.cells{stroke:#8cc8ff}.swatch{fill:#8cc8ff}}
+</style>
+)";
+
+// Text fit for XML: markup escaped, and what might not be valid there replaced.
+std::string xml(const std::string& text) {
+  std::string result;
+  for (const char c : text) {
+    switch (c) {
+      case '&':
+        result += "&amp;";
+        break;
+      case '<':
+        result += "&lt;";
+        break;
+      case '>':
+        result += "&gt;";
+        break;
+      case '"':
+        result += "&quot;";
+        break;
+      default:
+        result += c >= 0x20 && c < 0x7f ? c : '?';
+    }
+  }
+  return result;
+}
+
+std::string percent(double share) { return format("%.1f %%", 100.0 * share); }
+
+double opacity(int level) { return 0.1 + 0.9 * (level - 1) / (kLevels - 1); }
+
+// Sizes in pixels. Cells are whole pixels, so that their edges are sharp.
+struct Layout {
+  Layout(const SelectionMap& map) {
+    const auto heads = static_cast<int>(map.shares.size());
+    across = std::max(1, std::min(heads, static_cast<int>(std::ceil(std::sqrt(heads)))));
+    down = std::max(1, (heads + across - 1) / across);
+    const int wanted = across <= 4 ? 256 : (across <= 8 ? 160 : 128);
+    const auto columns = static_cast<int>(std::max<std::int64_t>(1, map.columns));
+    const auto rows = static_cast<int>(std::max<std::int64_t>(1, map.rows));
+    cell_width = std::max(1, wanted / columns);
+    cell_height = std::max(cell_width, (24 + rows - 1) / rows);  // a lone row of decoding queries is to be seen
+    panel_width = cell_width * columns;
+    panel_height = cell_height * rows;
+    width = std::max(kLeastWidth, 2 * kMargin + kAxis + across * panel_width + (across - 1) * kGap);
+    height = 2 * kMargin + kHeader + down * (kTitle + panel_height) + (down - 1) * kGap + kFooter;
+  }
+  int left(int head) const { return kMargin + kAxis + head % across * (panel_width + kGap); }
+  int top(int head) const { return kMargin + kHeader + kTitle + head / across * (kTitle + panel_height + kGap); }
+
+  int across, down, cell_width, cell_height, panel_width, panel_height, width, height;
+};
+
+std::string legend(int x, int y, std::int64_t blocks_per_cell) {
+  constexpr int kSwatch = 18;
+  std::string svg = format("<text class=\"soft\" x=\"%d\" y=\"%d\">0</text>\n", x, y + 12);
+  for (int level = 1; level <= kLevels; ++level) {
+    svg += format("<rect class=\"swatch\" fill-opacity=\"%.2f\" x=\"%d\" y=\"%d\" width=\"%d\" height=\"14\"/>\n",
+                  opacity(level), x + 14 + (level - 1) * kSwatch, y, kSwatch);
+  }
+  const std::string meaning =
+      blocks_per_cell == 1 ? std::string("of the queries of a block chose the key block")
+                           : format("of the (query, key block) pairs of a cell, %lld x %lld blocks, were chosen",
+                                    static_cast<long long>(blocks_per_cell), static_cast<long long>(blocks_per_cell));
+  return svg + format("<text class=\"soft\" x=\"%d\" y=\"%d\">100 %% %s</text>\n", x + 22 + kLevels * kSwatch, y + 12,
+                      meaning.c_str());
+}
+
+// The cells that causality leaves, shared by all panels.
+std::string reach_path(const SelectionMap& map, bool causal) {
+  std::string path = "M0 0";
+  for (std::int64_t row = 0; row < map.rows; ++row) {
+    const std::int64_t end = causal ? std::min(map.columns, map.first_row + row + 1) : map.columns;
+    path += format("H%lldV%lld", static_cast<long long>(end), static_cast<long long>(row + 1));
+  }
+  return path + "H0Z";
+}
+
+// The cells of one head: a path per level, a stroke per run of cells of the same level.
+std::string cell_paths(const SelectionMap& map, std::size_t head) {
+  std::vector<std::string> paths(kLevels + 1);
+  const auto level_at = [&](std::int64_t row, std::int64_t column) {
+    return std::clamp(static_cast<int>(std::ceil(map.share(head, row, column) * kLevels)), 0, kLevels);
+  };
+  for (std::int64_t row = 0; row < map.rows; ++row) {
+    for (std::int64_t column = 0, end = 0; column < map.columns; column = end) {
+      const int level = level_at(row, column);
+      for (end = column + 1; end < map.columns && level_at(row, end) == level;) ++end;
+      if (level == 0) continue;
+      paths[static_cast<std::size_t>(level)] +=
+          format("M%lld %lldh%lld", static_cast<long long>(column), static_cast<long long>(row),
+                 static_cast<long long>(end - column));
+    }
+  }
+  std::string svg;
+  for (int level = 1; level <= kLevels; ++level) {
+    const std::string& path = paths[static_cast<std::size_t>(level)];
+    if (!path.empty()) svg += format("<path stroke-opacity=\"%.2f\" d=\"", opacity(level)) + path + "\"/>\n";
+  }
+  return svg;
+}
+
+std::string panel(const SelectionMap& map, const Layout& layout, std::size_t head, const KeptMass& mass) {
+  const auto number = static_cast<int>(head);
+  std::string svg = format("<g transform=\"translate(%d %d)\">\n", layout.left(number), layout.top(number));
+  svg += format("<title>head %d: %s of the dense attention mass kept, at the least %s in a row</title>\n", number,
+                percent(mass.mean).c_str(), percent(mass.min).c_str());
+  svg += format("<text class=\"head\" x=\"0\" y=\"-8\">head %d</text>\n", number);
+  const bool wide = layout.panel_width >= 150;
+  svg += format("<text class=\"soft\" x=\"%d\" y=\"-8\" text-anchor=\"end\">%s%s</text>\n", layout.panel_width,
+                percent(mass.mean).c_str(), wide ? " kept" : "");
+  svg += format("<rect class=\"panel\" x=\"-.5\" y=\"-.5\" width=\"%d\" height=\"%d\"/>\n", layout.panel_width + 1,
+                layout.panel_height + 1);
+  svg += format("<g transform=\"scale(%d %d)\" shape-rendering=\"crispEdges\"><use href=\"#reach\"/>\n",
+                layout.cell_width, layout.cell_height);
+  svg += "<g class=\"cells\" transform=\"translate(0 .5)\">\n" + cell_paths(map, head) + "</g></g></g>\n";
+  return svg;
+}
+
+// Block numbers and the names of the axes, once per row and per column of panels.
+std::string axes(const SelectionMap& map, const Layout& layout) {
+  const auto heads = static_cast<int>(map.shares.size());
+  const std::int64_t first = map.first_row * map.blocks_per_cell, last = (map.columns - 1) * map.blocks_per_cell;
+  std::string svg;
+  for (int head = 0; head < heads; ++head) {
+    const int left = layout.left(head), top = layout.top(head), bottom = top + layout.panel_height;
+    if (head % layout.across == 0) {
+      if (map.rows > 1)
+        svg += format("<text class=\"tick\" x=\"%d\" y=\"%d\" text-anchor=\"end\">%lld</text>\n", left - 6, top + 10,
+                      static_cast<long long>(first));
+      svg += format("<text class=\"tick\" x=\"%d\" y=\"%d\" text-anchor=\"end\">%lld</text>\n", left - 6, bottom - 1,
+                    static_cast<long long>(last));
+      if (layout.panel_height >= 90) {
+        svg += format(
+            "<text class=\"soft\" transform=\"translate(%d %d) rotate(-90)\" text-anchor=\"middle\">query "
+            "block</text>\n",
+            left - 26, (top + bottom) / 2);
+      }
+    }
+    if (head + layout.across >= heads) {
+      svg += format("<text class=\"tick\" x=\"%d\" y=\"%d\">0</text>\n", left, bottom + 15);
+      svg += format("<text class=\"soft\" x=\"%d\" y=\"%d\" text-anchor=\"middle\">key block</text>\n",
+                    left + layout.panel_width / 2, bottom + 17);
+      if (map.columns > 1)
+        svg += format("<text class=\"tick\" x=\"%d\" y=\"%d\" text-anchor=\"end\">%lld</text>\n",
+                      left + layout.panel_width, bottom + 15, static_cast<long long>(last));
+    }
+  }
+  return svg;
+}
+
+}  // namespace
+
+std::int64_t most_cells_for(std::int64_t heads) {
+  // Half of a causal panel's cells can be marked, at about 10 bytes each when no two neighbours are alike.
+  constexpr double kMarkedCells = 80'000;
+  const double side = std::sqrt(2.0 * kMarkedCells / static_cast<double>(std::max<std::int64_t>(1, heads)));
+  return std::clamp(static_cast<std::int64_t>(side), std::int64_t{8}, std::int64_t{128});
+}
+
+std::string draw_selection(const SelectionMap& map, const std::vector<KeptMass>& mass, const SvgText& text) {
+  const Layout layout(map);
+  std::string svg = format(
+      "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" role=\"img\" "
+      "aria-label=\"%s\">\n",
+      layout.width, layout.height, layout.width, layout.height, xml(text.title).c_str());
+  svg += kStyle;
+  svg += "<defs><path id=\"reach\" class=\"reach\" d=\"" + reach_path(map, text.causal) + "\"/></defs>\n";
+  svg += "<rect class=\"page\" width=\"100%\" height=\"100%\"/>\n";
+  svg += format("<text class=\"title\" x=\"%d\" y=\"%d\">", kMargin, kMargin + 18) + xml(text.title) + "</text>\n";
+  svg += format("<text class=\"soft\" x=\"%d\" y=\"%d\">", kMargin, kMargin + 42) + xml(text.subtitle) + "</text>\n";
+  svg += legend(kMargin, kMargin + 60, map.blocks_per_cell);
+  svg += axes(map, layout);
+  for (std::size_t head = 0; head < map.shares.size(); ++head) svg += panel(map, layout, head, mass[head]);
+  return svg + "</svg>\n";
+}
+
+}  // namespace moba::cli
