@@ -1,5 +1,5 @@
-# Installs the library, its headers, the CMake package (find_package(moba) gives moba::moba), the pkg-config file, and the
-# program where it is built. Everything installed can be moved: no file holds the prefix unless the folders are absolute.
+# Installs the library, its headers, the CMake package (find_package(moba) gives moba::moba) and the pkg-config file.
+# Everything installed can be moved: no file holds the prefix unless the folders are absolute.
 include(CMakePackageConfigHelpers)
 
 install(TARGETS moba EXPORT mobaTargets
@@ -44,9 +44,8 @@ endif()
 configure_file(${PROJECT_SOURCE_DIR}/cmake/moba.pc.in ${PROJECT_BINARY_DIR}/moba.pc @ONLY)
 install(FILES ${PROJECT_BINARY_DIR}/moba.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
 
-# The program, which finds the library beside itself.
+# The installed program (tools/) finds the library beside itself.
 if(TARGET moba_cli)
   file(RELATIVE_PATH bin_to_lib "${CMAKE_INSTALL_FULL_BINDIR}" "${CMAKE_INSTALL_FULL_LIBDIR}")
   set_target_properties(moba_cli PROPERTIES INSTALL_RPATH "$ORIGIN/${bin_to_lib}")
-  install(TARGETS moba_cli RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 endif()

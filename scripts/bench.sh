@@ -16,7 +16,7 @@ case ${1:-} in
     ;;
 esac
 
-require_packages "${build_packages[@]}" "${bench_packages[@]}"
+require_packages "${build_packages[@]}" "${program_packages[@]}" "${bench_packages[@]}"
 build bench
 # OpenBLAS picks its kernels by the processor, unless the environment says otherwise; the figures compare with the ones
 # that fit the machine.

@@ -15,10 +15,9 @@ fi
 
 require_packages "${build_packages[@]}" "${program_packages[@]}"
 build demo
-moba=build/demo/bin/moba picture=build/demo/selection.svg
+moba=build/demo/bin/moba
 echo
 "$moba" info
 echo
-"$moba" compare data/smollm2-135m-layer15.safetensors --block-size 128 --top-k 8 --rope-base 100000 --svg "$picture" "$@"
-echo
-echo "The selection as a picture: $PWD/$picture"
+"$moba" compare data/smollm2-135m-layer15.safetensors --block-size 128 --top-k 8 --rope-base 100000 \
+  --svg build/demo/selection.svg "$@"

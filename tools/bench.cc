@@ -127,7 +127,9 @@ void bench(const BenchArguments& arguments) {
   print_table(samples);
   if (arguments.dense) {
     const Samples &dense = samples.back(), &moba = samples[samples.size() - 2];
-    std::printf("\ndense / MoBA: %.2f in time, %.2f in arithmetic\n", dense.min() / moba.min(), dense.flop / moba.flop);
+    std::printf("\ndense / MoBA: %.2f in time", dense.min() / moba.min());
+    if (moba.flop > 0) std::printf(", %.2f in arithmetic", dense.flop / moba.flop);
+    std::printf("\n");
   }
   if (arguments.json.empty()) return;
   OutputFile file(arguments.json);

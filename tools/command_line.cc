@@ -61,7 +61,7 @@ void add_run(CLI::App& app, Parsed& parsed) {
   add_block_options(command, arguments.attention);
   add_attention_options(command, arguments.attention);
   command.add_flag("--selection", arguments.write_selection,
-                   "also write the chosen blocks: selection I32 [Tq, Hq, slots], ascending, then -1");
+                   "also write the chosen blocks: ids I32 [Tq, Hq, slots], ascending, then -1");
   command.add_flag("--quiet", arguments.quiet, "print nothing");
   command.footer(std::string(kFileHelp) + R"(
 Examples:
@@ -180,6 +180,15 @@ int fail(int code, const std::string& message) {
   return code;
 }
 
+// What the parser says, or something better where it only says that a command is wanted.
+std::string complaint(const CLI::App& app, const CLI::ParseError& error, int argc, const char* const* argv) {
+  if (!app.get_subcommands().empty()) return error.what();
+  std::string names;
+  for (const CLI::App* command : app.get_subcommands({})) names += (names.empty() ? "" : ", ") + command->get_name();
+  return (argc > 1 ? "there is no command '" + printable(argv[1]) + "'" : std::string("a command is wanted")) +
+         "; there are " + names;
+}
+
 int run_guarded(const std::function<void()>& command) {
   try {
     command();
@@ -208,7 +217,7 @@ int run_command_line(int argc, const char* const* argv) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
     const auto chosen = app.get_subcommands();
     const std::string command = chosen.empty() ? "moba" : "moba " + chosen.front()->get_name();
-    return fail(2, std::string(error.what()) + " (see " + command + " --help)");
+    return fail(2, complaint(app, error, argc, argv) + " (see " + command + " --help)");
   }
   return run_guarded(parsed.command);
 }

@@ -8,6 +8,7 @@
 #include "describe.h"
 #include "kept_mass.h"
 #include "memory_use.h"
+#include "moba/error.h"
 #include "output_file.h"
 #include "picture.h"
 #include "stages.h"
@@ -36,7 +37,17 @@ StageTime fastest_dense(const Plan& plan, const Inputs& inputs, const Outputs& o
   return best;
 }
 
-void print_times(std::vector<StageTime> moba, StageTime dense, const Arithmetic& arithmetic) {
+// Times both, leaving their results behind, and prints the table.
+void compare_times(const CompareArguments& arguments, const AttentionFile& file, const Plan& plan,
+                   StagedForward& forward, const Results& full) {
+  std::vector<StageTime> moba;
+  StageTime dense;
+  {
+    Progress progress;
+    moba = fastest_forward(forward, arguments.repeat, progress);
+    dense = fastest_dense(plan, file.inputs, full.outputs, arguments.repeat, progress);
+  }
+  const Arithmetic arithmetic = plan.arithmetic(file.starts_q, file.starts_k);
   count_flop(moba, arithmetic);
   print_stage_table(moba);
   const double flop = arithmetic.pool + arithmetic.gate + arithmetic.attend;
@@ -52,13 +63,36 @@ void print_errors(const char* name, const RowErrors& errors) {
   std::printf("\n");
 }
 
-void print_accuracy(const Accuracy& accuracy) {
-  std::printf("error against float64, relative per row, %lld rows\n", static_cast<long long>(accuracy.rows));
+void compare_with_float64(const CompareArguments& arguments, const AttentionFile& file, const Plan& plan,
+                          const StagedForward& forward, const Results& full) {
+  Accuracy accuracy;
+  {
+    Progress progress;
+    accuracy = check_accuracy(plan, file, forward.selection(), forward.outputs().out, full.outputs.out,
+                              arguments.check_rows, progress);
+  }
+  std::printf("\nerror against float64, relative per row, %lld rows\n", static_cast<long long>(accuracy.rows));
   std::printf("%-8s %12s %12s\n", "", "max", "median");
   print_errors("MoBA", accuracy.moba);
   print_errors("dense", accuracy.dense);
   std::printf("same blocks as float64 in %lld of %lld rows\n", static_cast<long long>(accuracy.same_selection),
               static_cast<long long>(accuracy.rows));
+}
+
+// The kept mass of all sequences, and the picture of the first.
+void compare_mass(const CompareArguments& arguments, const AttentionFile& file, const Plan& plan,
+                  const StagedForward& forward, const Results& full) {
+  const std::int64_t batch = plan.problem().batch;
+  const auto mass_of = [&](std::int64_t first, std::int64_t last) {
+    return kept_mass(plan.problem(), file.starts_q, file.starts_k, forward.outputs().lse, full.outputs.lse, first,
+                     last);
+  };
+  std::printf("\n");
+  print_kept_mass(mass_of(0, batch));
+  if (arguments.svg.empty()) return;
+  if (batch == 0) throw Error("--svg: the file holds no sequence to draw");
+  write_picture(arguments.svg, arguments.input, plan, file, forward.selection(), mass_of(0, 1), 0);
+  std::printf("\n%s: the picture%s\n", arguments.svg.c_str(), batch > 1 ? " of the first sequence" : "");
 }
 
 }  // namespace
@@ -70,41 +104,14 @@ void compare(const CompareArguments& arguments) {
   require_memory_for(plan);
   std::printf("%s: %s\n", arguments.input.c_str(), file.describe().c_str());
   std::printf("%s; %s\n\n", describe_attention(plan.problem(), true).c_str(), plan.kernels().c_str());
-  std::fflush(stdout);
+  std::fflush(stdout);  // what follows can take a while
 
   StagedForward forward(plan, file.inputs);
   const Results full(plan);
-  std::vector<StageTime> moba_times;
-  StageTime dense_time;
-  Accuracy accuracy;
-  {
-    Progress progress;
-    moba_times = fastest_forward(forward, arguments.repeat, progress);
-    dense_time = fastest_dense(plan, file.inputs, full.outputs, arguments.repeat, progress);
-  }
-  print_times(moba_times, dense_time, plan.arithmetic(file.starts_q, file.starts_k));
+  compare_times(arguments, file, plan, forward, full);
   std::fflush(stdout);
-
-  if (arguments.check_rows > 0) {
-    {
-      Progress progress;
-      accuracy = check_accuracy(plan, file, forward.selection(), forward.outputs().out, full.outputs.out,
-                                arguments.check_rows, progress);
-    }
-    std::printf("\n");
-    print_accuracy(accuracy);
-  }
-
-  const std::int64_t batch = plan.problem().batch;
-  const auto mass_of = [&](std::int64_t first, std::int64_t last) {
-    return kept_mass(plan.problem(), file.starts_q, file.starts_k, forward.outputs().lse, full.outputs.lse, first,
-                     last);
-  };
-  std::printf("\n");
-  print_kept_mass(mass_of(0, batch));
-  if (arguments.svg.empty() || batch == 0) return;
-  write_picture(arguments.svg, arguments.input, plan, file, forward.selection(), mass_of(0, 1), 0);
-  std::printf("\n%s: the picture%s\n", arguments.svg.c_str(), batch > 1 ? ", of the first sequence" : "");
+  if (arguments.check_rows > 0) compare_with_float64(arguments, file, plan, forward, full);
+  compare_mass(arguments, file, plan, forward, full);
 }
 
 }  // namespace moba::cli

@@ -50,15 +50,20 @@ std::vector<KeptMass> kept_mass(const Problem& problem, const std::vector<std::i
 }
 
 void print_kept_mass(const std::vector<KeptMass>& heads) {
+  const auto percent = [](double share, std::int64_t rows) {
+    return rows == 0 ? std::string("-") : format("%.1f %%", 100 * share);
+  };
   std::printf("share of the dense attention mass in the chosen blocks\n");
   std::printf("%-8s %10s %10s %16s\n", "head", "mean", "min", "mean, choosing");
-  double sum = 0;
+  KeptMass all{.mean = 0};
   for (std::size_t h = 0; h < heads.size(); ++h) {
-    const std::string choosing = heads[h].choosing_rows == 0 ? "-" : format("%.1f %%", 100 * heads[h].choosing_mean);
-    std::printf("%-8zu %8.1f %% %8.1f %% %16s\n", h, 100 * heads[h].mean, 100 * heads[h].min, choosing.c_str());
-    sum += heads[h].mean;
+    const KeptMass& head = heads[h];
+    std::printf("%-8zu %10s %10s %16s\n", h, percent(head.mean, head.rows).c_str(),
+                percent(head.min, head.rows).c_str(), percent(head.choosing_mean, head.choosing_rows).c_str());
+    all.rows += head.rows;
+    all.mean += head.mean / static_cast<double>(heads.size());
   }
-  std::printf("%-8s %8.1f %%\n", "all", 100 * sum / static_cast<double>(heads.size()));
+  std::printf("%-8s %10s\n", "all", percent(all.mean, all.rows).c_str());
   std::printf("choosing: the rows with more than top-k blocks in reach; the others keep everything\n");
 }
 

@@ -39,6 +39,7 @@ void guard(const std::string& temporary) {
     // A signal that is ignored (nohup) stays ignored.
     if (std::signal(signal, remove_pending_and_die) == SIG_IGN) std::signal(signal, SIG_IGN);
   }
+  std::signal(SIGXFSZ, SIG_IGN);  // a file that grows too large then fails the write, with a message
 }
 
 void unguard() { pending_temporary[0] = '\0'; }

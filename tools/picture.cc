@@ -19,11 +19,12 @@ void write_picture(const std::string& path, const std::string& input, const Plan
   SvgText text;
   text.causal = plan.problem().config.causal;
   text.title = "MoBA: which key blocks the queries chose";
-  text.subtitle = std::filesystem::path(input).filename().string() +
-                  (plan.problem().batch == 1 ? "" : ", sequence " + std::to_string(sequence)) +
-                  format(": %lld queries, %lld keys; ", static_cast<long long>(map.query_tokens),
-                         static_cast<long long>(map.key_tokens)) +
-                  describe_attention(plan.problem(), true);
+  text.lines = {printable(std::filesystem::path(input).filename().string(), 48) +
+                    (plan.problem().batch == 1 ? "" : ", sequence " + std::to_string(sequence)) +
+                    format(": %lld queries, %lld keys", static_cast<long long>(map.query_tokens),
+                           static_cast<long long>(map.key_tokens)),
+                describe_attention(plan.problem(), true),
+                "kept: the share of the dense attention mass that lies in the chosen blocks"};
   OutputFile svg(path);
   svg.write(draw_selection(map, mass, text));
   svg.commit();

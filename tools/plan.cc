@@ -23,7 +23,8 @@ void print_memory(const Plan& plan) {
   line("lse", use.lse, "");
   line("workspace", use.workspace, "all that a call takes beyond the tensors above");
   line("total", use.q + use.k + use.v + use.out + use.lse + use.workspace, "");
-  line("selection", static_cast<double>(plan.selection_bytes()), "only who calls the stages one by one holds one");
+  line("selection", static_cast<double>(plan.selection_bytes()),
+       "part of the workspace, or of its own for who calls the stages one by one");
 }
 
 void print_arithmetic(const Arithmetic& arithmetic) {

@@ -43,7 +43,7 @@ void run(const RunArguments& arguments) {
     times = forward.run(progress);
   }
   std::vector<NamedTensor> results{{"out", forward.outputs().out}, {"lse", forward.outputs().lse}};
-  if (arguments.write_selection) results.push_back({"selection", forward.selection().ids});
+  if (arguments.write_selection) results.push_back({"ids", forward.selection().ids});
   finish(arguments, file, plan, true, times, results);
 }
 

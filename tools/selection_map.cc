@@ -12,7 +12,7 @@ SelectionMap make_selection_map(const Plan& plan, const Selection& selection, st
   map.key_tokens = k_len;
   // Query token t sits at position t - q_begin + first_position; a negative position has no keys and is not drawn.
   const std::int64_t first_position = k_len - map.query_tokens, first_drawn = std::max<std::int64_t>(0, first_position);
-  const std::int64_t blocks = k_len == 0 ? 0 : (k_len - 1) / block + 1;
+  const std::int64_t blocks = map.blocks = k_len == 0 ? 0 : (k_len - 1) / block + 1;
   if (blocks == 0 || map.query_tokens == 0) return map;
   map.blocks_per_cell = (blocks - 1) / most_cells + 1;
   map.columns = (blocks - 1) / map.blocks_per_cell + 1;

@@ -16,6 +16,7 @@ struct SelectionMap {
   std::int64_t rows = 0, columns = 0;
   std::int64_t first_row = 0;  // the cell row, counted from position 0, where rows begins
   std::int64_t blocks_per_cell = 1;
+  std::int64_t blocks = 0;  // of the sequence
   std::int64_t query_tokens = 0, key_tokens = 0;
   std::vector<std::vector<double>> shares;  // per head: [rows][columns]
 

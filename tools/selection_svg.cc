@@ -8,9 +8,11 @@
 namespace moba::cli {
 namespace {
 
-constexpr int kLevels = 10;       // of darkness
-constexpr int kMargin = 24;       // around everything
-constexpr int kHeader = 112;      // title, subtitle, legend
+constexpr int kLevels = 10;     // of darkness
+constexpr int kMargin = 24;     // around everything
+constexpr int kTitleLine = 18;  // where the title stands, and how far apart the lines below it are
+constexpr int kLine = 20;
+constexpr int kLegend = 44;       // the legend, and the space below it
 constexpr int kAxis = 44;         // left of the panels, for numbers and their name
 constexpr int kFooter = 40;       // below the panels, for the same
 constexpr int kTitle = 24;        // above each panel
@@ -56,7 +58,8 @@ double opacity(int level) { return 0.1 + 0.9 * (level - 1) / (kLevels - 1); }
 
 // Sizes in pixels. Cells are whole pixels, so that their edges are sharp.
 struct Layout {
-  Layout(const SelectionMap& map) {
+  Layout(const SelectionMap& map, std::size_t lines)
+      : header(kTitleLine + kLine * static_cast<int>(lines + 1) + kLegend) {
     const auto heads = static_cast<int>(map.shares.size());
     across = std::max(1, std::min(heads, static_cast<int>(std::ceil(std::sqrt(heads)))));
     down = std::max(1, (heads + across - 1) / across);
@@ -68,26 +71,43 @@ struct Layout {
     panel_width = cell_width * columns;
     panel_height = cell_height * rows;
     width = std::max(kLeastWidth, 2 * kMargin + kAxis + across * panel_width + (across - 1) * kGap);
-    height = 2 * kMargin + kHeader + down * (kTitle + panel_height) + (down - 1) * kGap + kFooter;
+    height = 2 * kMargin + header + down * (kTitle + panel_height) + (down - 1) * kGap + kFooter;
   }
   int left(int head) const { return kMargin + kAxis + head % across * (panel_width + kGap); }
-  int top(int head) const { return kMargin + kHeader + kTitle + head / across * (kTitle + panel_height + kGap); }
+  int top(int head) const { return kMargin + header + kTitle + head / across * (kTitle + panel_height + kGap); }
 
+  int header;  // title, lines, legend
   int across, down, cell_width, cell_height, panel_width, panel_height, width, height;
 };
 
+// The darkness of a share. Cells of several blocks are mostly pale, so that there darkness grows with the square root.
+int level_of(double share, std::int64_t blocks_per_cell) {
+  const double amount = blocks_per_cell == 1 ? share : std::sqrt(share);
+  return std::clamp(static_cast<int>(std::ceil(amount * kLevels)), 0, kLevels);
+}
+
+// The largest share of a level, in percent.
+int percent_of(int level, std::int64_t blocks_per_cell) {
+  return blocks_per_cell == 1 ? 100 * level / kLevels : 100 * level * level / (kLevels * kLevels);
+}
+
 std::string legend(int x, int y, std::int64_t blocks_per_cell) {
-  constexpr int kSwatch = 18;
-  std::string svg = format("<text class=\"soft\" x=\"%d\" y=\"%d\">0</text>\n", x, y + 12);
+  constexpr int kSwatch = 24;
+  std::string svg;
   for (int level = 1; level <= kLevels; ++level) {
+    const int left = x + (level - 1) * kSwatch;
     svg += format("<rect class=\"swatch\" fill-opacity=\"%.2f\" x=\"%d\" y=\"%d\" width=\"%d\" height=\"14\"/>\n",
-                  opacity(level), x + 14 + (level - 1) * kSwatch, y, kSwatch);
+                  opacity(level), left, y, kSwatch);
+    if (level == 1 || level == kLevels / 2 || level == kLevels) {
+      svg += format("<text class=\"tick\" x=\"%d\" y=\"%d\" text-anchor=\"middle\">%d %%</text>\n", left + kSwatch / 2,
+                    y + 28, percent_of(level, blocks_per_cell));
+    }
   }
   const std::string meaning =
       blocks_per_cell == 1 ? std::string("of the queries of a block chose the key block")
                            : format("of the (query, key block) pairs of a cell, %lld x %lld blocks, were chosen",
                                     static_cast<long long>(blocks_per_cell), static_cast<long long>(blocks_per_cell));
-  return svg + format("<text class=\"soft\" x=\"%d\" y=\"%d\">100 %% %s</text>\n", x + 22 + kLevels * kSwatch, y + 12,
+  return svg + format("<text class=\"soft\" x=\"%d\" y=\"%d\">%s</text>\n", x + 12 + kLevels * kSwatch, y + 12,
                       meaning.c_str());
 }
 
@@ -105,7 +125,7 @@ std::string reach_path(const SelectionMap& map, bool causal) {
 std::string cell_paths(const SelectionMap& map, std::size_t head) {
   std::vector<std::string> paths(kLevels + 1);
   const auto level_at = [&](std::int64_t row, std::int64_t column) {
-    return std::clamp(static_cast<int>(std::ceil(map.share(head, row, column) * kLevels)), 0, kLevels);
+    return level_of(map.share(head, row, column), map.blocks_per_cell);
   };
   for (std::int64_t row = 0; row < map.rows; ++row) {
     for (std::int64_t column = 0, end = 0; column < map.columns; column = end) {
@@ -145,7 +165,7 @@ std::string panel(const SelectionMap& map, const Layout& layout, std::size_t hea
 // Block numbers and the names of the axes, once per row and per column of panels.
 std::string axes(const SelectionMap& map, const Layout& layout) {
   const auto heads = static_cast<int>(map.shares.size());
-  const std::int64_t first = map.first_row * map.blocks_per_cell, last = (map.columns - 1) * map.blocks_per_cell;
+  const std::int64_t first = map.first_row * map.blocks_per_cell, last = map.blocks - 1;
   std::string svg;
   for (int head = 0; head < heads; ++head) {
     const int left = layout.left(head), top = layout.top(head), bottom = top + layout.panel_height;
@@ -184,7 +204,7 @@ std::int64_t most_cells_for(std::int64_t heads) {
 }
 
 std::string draw_selection(const SelectionMap& map, const std::vector<KeptMass>& mass, const SvgText& text) {
-  const Layout layout(map);
+  const Layout layout(map, text.lines.size());
   std::string svg = format(
       "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" role=\"img\" "
       "aria-label=\"%s\">\n",
@@ -192,10 +212,18 @@ std::string draw_selection(const SelectionMap& map, const std::vector<KeptMass>&
   svg += kStyle;
   svg += "<defs><path id=\"reach\" class=\"reach\" d=\"" + reach_path(map, text.causal) + "\"/></defs>\n";
   svg += "<rect class=\"page\" width=\"100%\" height=\"100%\"/>\n";
-  svg += format("<text class=\"title\" x=\"%d\" y=\"%d\">", kMargin, kMargin + 18) + xml(text.title) + "</text>\n";
-  svg += format("<text class=\"soft\" x=\"%d\" y=\"%d\">", kMargin, kMargin + 42) + xml(text.subtitle) + "</text>\n";
-  svg += legend(kMargin, kMargin + 60, map.blocks_per_cell);
+  svg +=
+      format("<text class=\"title\" x=\"%d\" y=\"%d\">", kMargin, kMargin + kTitleLine) + xml(text.title) + "</text>\n";
+  int y = kMargin + kTitleLine + 4;
+  for (const std::string& line : text.lines) {
+    y += kLine;
+    svg += format("<text class=\"soft\" x=\"%d\" y=\"%d\">", kMargin, y) + xml(line) + "</text>\n";
+  }
+  svg += legend(kMargin, y + kLine / 2, map.blocks_per_cell);
   svg += axes(map, layout);
+  if (map.shares.empty()) {
+    svg += format("<text x=\"%d\" y=\"%d\">No query of this sequence has a key.</text>\n", kMargin, layout.top(0));
+  }
   for (std::size_t head = 0; head < map.shares.size(); ++head) svg += panel(map, layout, head, mass[head]);
   return svg + "</svg>\n";
 }

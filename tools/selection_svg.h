@@ -10,7 +10,8 @@
 namespace moba::cli {
 
 struct SvgText {
-  std::string title, subtitle;
+  std::string title;
+  std::vector<std::string> lines;  // below the title
   bool causal = true;
 };
 

@@ -65,8 +65,8 @@ std::int64_t parse_int(std::string_view what, std::string_view text, std::int64_
   const auto [end, fault] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
   if (fault == std::errc{} && end == digits.data() + digits.size() && value >= low && value <= high) return value;
   const bool open = high == std::numeric_limits<std::int64_t>::max();
-  throw Error(std::string(what) + ": is '" + printable(text) + "'; allowed: whole numbers " +
-              (open ? ">= " + std::to_string(low) : "from " + std::to_string(low) + " to " + std::to_string(high)));
+  throw Error(std::string(what) + ": is '" + printable(text) + "'; allowed: whole numbers from " + std::to_string(low) +
+              " to " + (open ? "2^63 - 1" : std::to_string(high)));
 }
 
 double parse_real(std::string_view what, std::string_view text) {

@@ -104,8 +104,9 @@ class Chunk {
         if (!finite && seen[n] != seen[0]) break;
         ++n;
       }
-      attend_rows(rows.first(n), seen, keys);
+      const auto now = rows.first(n);
       rows = rows.subspan(n);
+      attend_rows(now, seen, keys, rows.first(std::min<std::size_t>(rows.size(), kRowTile)));
     }
   }
 
@@ -114,39 +115,50 @@ class Chunk {
   }
 
   // One tile: at most kRowTile rows against the packed keys and values; row i sees the first seen[i] of them (ascending).
-  void attend_rows(std::span<const std::int32_t> rows, const std::array<std::int64_t, kRowTile>& seen, std::int64_t keys) {
+  // `following` is the next tile.
+  void attend_rows(std::span<const std::int32_t> rows, const std::array<std::int64_t, kRowTile>& seen, std::int64_t keys,
+                   std::span<const std::int32_t> following) {
     const std::int64_t n = static_cast<std::int64_t>(rows.size()), most = seen[rows.size() - 1];
     std::array<float*, kRowTile> scores, out;
+    std::array<const void*, kRowTile> out_rows, next_q;
     for (std::int64_t i = 0; i < n; ++i) {
       gather(rows[static_cast<std::size_t>(i)], s_.q + i * words_);
       scores[i] = s_.scores + i * kKeyTile;
       out[i] = s_.out + local(rows[i]) * columns_;
+      out_rows[i] = out[i];
     }
+    std::ranges::transform(following, next_q.begin(), [this](std::int32_t row) { return q_row(row); });
     const std::int64_t packed = RoundUp(keys, kKeyStep);
-    multiply<false>(s_.q, words_, n, s_.keys, words_, packed, most, words_, scores.data(), nullptr);
+    multiply<false>(s_.q, words_, n, s_.keys, words_, packed, most, words_, scores.data(), nullptr,
+                    {out_rows.data(), n, columns_ * 4});
     alignas(64) std::array<float, kRowTile> alpha;
     softmax(rows, seen, most, alpha);
     const float* p = kPairs ? s_.pairs : s_.scores;
     const std::int64_t p_stride = kPairs ? kKeyTile / 2 : kKeyTile;
     const std::int64_t depth = kPairs ? (most + 1) / 2 : most, packed_depth = kPairs ? (keys + 1) / 2 : keys;
-    multiply<true>(p, p_stride, n, s_.values, packed_depth, columns_, columns_, depth, out.data(), alpha.data());
+    multiply<true>(p, p_stride, n, s_.values, packed_depth, columns_, columns_, depth, out.data(), alpha.data(),
+                   {next_q.data(), std::ssize(following), dim_ * static_cast<std::int64_t>(size_in_bytes(call_.q.dtype))});
   }
 
   template <bool kAccumulate>
   static void multiply(const float* a, std::int64_t lda, std::int64_t rows, const float* b, std::int64_t b_depth,
                        std::int64_t columns, std::int64_t limit, std::int64_t depth, float* const* c,
-                       const float* alpha) {
+                       const float* alpha, NextRows next) {
     if constexpr (kPairs) {
-      multiply_pairs(kAccumulate, a, lda, rows, b, b_depth, columns, limit, depth, c, alpha);
+      multiply_pairs(kAccumulate, a, lda, rows, b, b_depth, columns, limit, depth, c, alpha, next);
     } else {
-      Multiply<kAccumulate>(a, lda, rows, b, b_depth, columns, limit, depth, c, alpha);
+      Multiply<kAccumulate>(a, lda, rows, b, b_depth, columns, limit, depth, c, alpha, next);
     }
   }
 
   std::int64_t local(std::int32_t row) const { return row - first_row_; }
 
+  const std::byte* q_row(std::int64_t row) const {
+    return head_row(call_.q, row / group_, kv_head_ * group_ + row % group_);
+  }
+
   void gather(std::int64_t row, float* to) const {
-    const std::byte* from = head_row(call_.q, row / group_, kv_head_ * group_ + row % group_);
+    const std::byte* from = q_row(row);
     if constexpr (kPairs) {
       CopyPairs(from, dim_, to);
     } else {

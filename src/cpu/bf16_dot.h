@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/next_rows.h"
 #include "moba/info.h"
 
 namespace moba::cpu {
@@ -16,6 +17,6 @@ Bf16Support bf16_dot_support();
 // depth and b_depth counted in words; c = a b, or with accumulate c = alpha c + a b.
 void multiply_pairs(bool accumulate, const float* a, std::int64_t lda, std::int64_t rows, const float* b,
                     std::int64_t b_depth, std::int64_t columns, std::int64_t limit, std::int64_t depth, float* const* c,
-                    const float* alpha);
+                    const float* alpha, NextRows next);
 
 }  // namespace moba::cpu

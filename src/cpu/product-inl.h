@@ -21,16 +21,19 @@
 #include <algorithm>
 
 #include "cpu/lanes-inl.h"
+#include "cpu/next_rows.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
 
 constexpr int kProductRows = 6;
+constexpr std::int64_t kStepDepth = 16;  // one step of NextRows for so much depth
 
 // c = a b, or with kAccumulate c = alpha c + a b, for M rows and one panel of NV vectors.
 template <bool kAccumulate, int M, int NV>
 HWY_NOINLINE void MultiplyPanel(const float* HWY_RESTRICT a, std::int64_t lda, const float* HWY_RESTRICT b,
-                                std::int64_t depth, float* const* c, std::int64_t column, const float* alpha) {
+                                std::int64_t depth, float* const* c, std::int64_t column, const float* alpha,
+                                NextRows& next) {
   const F32 df;
   VF sum[M][NV];
 #pragma GCC unroll 8
@@ -41,15 +44,18 @@ HWY_NOINLINE void MultiplyPanel(const float* HWY_RESTRICT a, std::int64_t lda, c
       if (kAccumulate) sum[i][j] = hn::Mul(hn::Set(df, alpha[i]), hn::LoadU(df, c[i] + column + j * kLanes));
     }
   }
-  for (std::int64_t k = 0; k < depth; ++k, b += NV * kLanes) {
-    VF column_vector[NV];
+  for (std::int64_t k = 0; k < depth;) {
+    next.step();
+    for (const std::int64_t end = std::min(depth, k + kStepDepth); k < end; ++k, b += NV * kLanes) {
+      VF column_vector[NV];
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) column_vector[j] = hn::LoadU(df, b + j * kLanes);
+      for (int j = 0; j < NV; ++j) column_vector[j] = hn::LoadU(df, b + j * kLanes);
 #pragma GCC unroll 8
-    for (int i = 0; i < M; ++i) {
-      const VF row = hn::Set(df, a[i * lda + k]);
+      for (int i = 0; i < M; ++i) {
+        const VF row = hn::Set(df, a[i * lda + k]);
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) sum[i][j] = hn::MulAdd(row, column_vector[j], sum[i][j]);
+        for (int j = 0; j < NV; ++j) sum[i][j] = hn::MulAdd(row, column_vector[j], sum[i][j]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -61,20 +67,24 @@ HWY_NOINLINE void MultiplyPanel(const float* HWY_RESTRICT a, std::int64_t lda, c
 
 template <bool kAccumulate, int M>
 void MultiplyRows(const float* a, std::int64_t lda, const float* panel, std::int64_t width, std::int64_t depth,
-                  float* const* c, std::int64_t column, const float* alpha) {
+                  float* const* c, std::int64_t column, const float* alpha, NextRows& next) {
   const std::int64_t vectors = width / kLanes;
   if constexpr (kPanelVectors == 4) {
-    if (vectors == 4) return MultiplyPanel<kAccumulate, M, 4>(a, lda, panel, depth, c, column, alpha);
-    if (vectors == 3) return MultiplyPanel<kAccumulate, M, 3>(a, lda, panel, depth, c, column, alpha);
+    if (vectors == 4) return MultiplyPanel<kAccumulate, M, 4>(a, lda, panel, depth, c, column, alpha, next);
+    if (vectors == 3) return MultiplyPanel<kAccumulate, M, 3>(a, lda, panel, depth, c, column, alpha, next);
   }
-  if (vectors == 2) return MultiplyPanel<kAccumulate, M, 2>(a, lda, panel, depth, c, column, alpha);
-  MultiplyPanel<kAccumulate, M, 1>(a, lda, panel, depth, c, column, alpha);
+  if (vectors == 2) return MultiplyPanel<kAccumulate, M, 2>(a, lda, panel, depth, c, column, alpha, next);
+  MultiplyPanel<kAccumulate, M, 1>(a, lda, panel, depth, c, column, alpha, next);
 }
 
-// The whole product: panel by panel, so that one panel stays in L1 while the rows pass.
+// The whole product: panel by panel, so that one panel stays in L1 while the rows pass. What is needed next comes to L2
+// meanwhile.
 template <bool kAccumulate>
 void Multiply(const float* a, std::int64_t lda, std::int64_t rows, const float* b, std::int64_t b_depth,
-              std::int64_t columns, std::int64_t limit, std::int64_t depth, float* const* c, const float* alpha) {
+              std::int64_t columns, std::int64_t limit, std::int64_t depth, float* const* c, const float* alpha,
+              NextRows next = {}) {
+  next.spread((limit + kPanel - 1) / kPanel * ((rows + kProductRows - 1) / kProductRows) *
+              ((depth + kStepDepth - 1) / kStepDepth));
   for (std::int64_t column = 0; column < limit; column += kPanel) {
     const std::int64_t width = std::min(kPanel, columns - column);
     const float* panel = b + column * b_depth;
@@ -82,12 +92,12 @@ void Multiply(const float* a, std::int64_t lda, std::int64_t rows, const float* 
       const float* from = a + i * lda;
       const float* factors = kAccumulate ? alpha + i : nullptr;
       switch (rows - i) {
-        case 1: MultiplyRows<kAccumulate, 1>(from, lda, panel, width, depth, c + i, column, factors); break;
-        case 2: MultiplyRows<kAccumulate, 2>(from, lda, panel, width, depth, c + i, column, factors); break;
-        case 3: MultiplyRows<kAccumulate, 3>(from, lda, panel, width, depth, c + i, column, factors); break;
-        case 4: MultiplyRows<kAccumulate, 4>(from, lda, panel, width, depth, c + i, column, factors); break;
-        case 5: MultiplyRows<kAccumulate, 5>(from, lda, panel, width, depth, c + i, column, factors); break;
-        default: MultiplyRows<kAccumulate, 6>(from, lda, panel, width, depth, c + i, column, factors); break;
+        case 1: MultiplyRows<kAccumulate, 1>(from, lda, panel, width, depth, c + i, column, factors, next); break;
+        case 2: MultiplyRows<kAccumulate, 2>(from, lda, panel, width, depth, c + i, column, factors, next); break;
+        case 3: MultiplyRows<kAccumulate, 3>(from, lda, panel, width, depth, c + i, column, factors, next); break;
+        case 4: MultiplyRows<kAccumulate, 4>(from, lda, panel, width, depth, c + i, column, factors, next); break;
+        case 5: MultiplyRows<kAccumulate, 5>(from, lda, panel, width, depth, c + i, column, factors, next); break;
+        default: MultiplyRows<kAccumulate, 6>(from, lda, panel, width, depth, c + i, column, factors, next); break;
       }
     }
   }

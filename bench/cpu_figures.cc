@@ -1,0 +1,130 @@
+#include "cpu_figures.h"
+
+#include <cstdio>
+
+#include "blas.h"
+#include "buffer.h"
+#include "memory_peak.h"
+#include "moba/moba.h"
+#include "random_inputs.h"
+#include "timing.h"
+
+namespace moba::bench {
+
+namespace {
+
+// A causal problem of one sequence, B = 128, k = 8, d = 128.
+Problem problem_of(DType dtype, std::int64_t tokens, std::int64_t q_heads, std::int64_t kv_heads) {
+  Problem problem;
+  problem.dtype = dtype;
+  problem.q_heads = q_heads;
+  problem.kv_heads = kv_heads;
+  problem.head_dim = 128;
+  problem.total_q = problem.total_k = tokens;
+  problem.config.block_size = 128;
+  problem.config.top_k = 8;
+  return problem;
+}
+
+Options options_of(int threads) {
+  Options options;
+  options.threads = threads;
+  return options;
+}
+
+// A problem with its memory, and every stage ready to run. Random input without rope: the blocks are chosen evenly.
+class Workload {
+ public:
+  Workload(const Problem& problem, int threads)
+      : plan(problem, options_of(threads)),
+        random_(problem, {0, problem.total_q}, {0, problem.total_k}, 1),
+        inputs_(random_.inputs),
+        out_(random_.q.size()),
+        lse_(static_cast<std::size_t>(problem.total_q * problem.q_heads) * sizeof(float)),
+        centroids_(static_cast<std::size_t>(plan.max_blocks() * problem.kv_heads * problem.head_dim) * size_in_bytes(problem.dtype)),
+        selected_(plan.selection_bytes()),
+        workspace_(plan.workspace_bytes()),
+        selection_(make_selection(plan, selected_.span())) {
+    outputs_.out = Tensor(out_.data(), problem.dtype, {problem.total_q, problem.q_heads, problem.head_dim});
+    outputs_.lse = Tensor(lse_.data(), DType::f32, {problem.q_heads, problem.total_q});
+    representatives_ = Tensor(centroids_.data(), problem.dtype, {plan.max_blocks(), problem.kv_heads, problem.head_dim});
+    select();  // so that attend can be timed on its own
+  }
+
+  void pool() { moba::pool(plan, inputs_, representatives_, workspace_.span()); }
+  void gate() { moba::gate(plan, inputs_, representatives_, selection_, workspace_.span()); }
+  void index() { moba::index(plan, inputs_, selection_, workspace_.span()); }
+  void attend() { moba::attend(plan, inputs_, selection_, outputs_, workspace_.span()); }
+  void forward() { forward(workspace_.span()); }
+  void forward(Workspace workspace) { moba::forward(plan, inputs_, outputs_, workspace); }
+  void dense() { moba::dense(plan, inputs_, outputs_, workspace_.span()); }
+
+  const Plan plan;
+
+ private:
+  void select() { moba::select(plan, inputs_, selection_, workspace_.span()); }
+
+  cli::RandomInputs random_;
+  Inputs inputs_;
+  cli::Buffer out_, lse_, centroids_, selected_, workspace_;
+  Selection selection_;
+  Outputs outputs_;
+  Tensor representatives_;
+};
+
+void figure(const char* name, double value, const char* unit) {
+  std::printf("figure cpu.%s %.4g %s\n", name, value, unit);
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+void cpu_figures(int threads, int repetitions) {
+  Workload gqa(problem_of(DType::f32, 16384, 8, 2), threads), gqa_bf16(problem_of(DType::bf16, 16384, 8, 2), threads);
+  Workload head(problem_of(DType::f32, 32768, 1, 1), threads);
+  Sgemm sgemm(gqa.plan.threads());
+  std::fprintf(stderr, "%s; bfloat16: %s; OpenBLAS kernels %s\n", gqa.plan.kernels().c_str(),
+               gqa_bf16.plan.kernels().c_str(), blas_kernels().c_str());
+
+  const double extra = peak_extra_bytes([&] {
+    const cli::Buffer workspace(gqa.plan.workspace_bytes());
+    gqa.forward(workspace.span());
+  });
+
+  const auto seconds = best_seconds(
+      {{"sgemm",
+        [&] {
+          for (int i = 0; i < 4; ++i) sgemm.run();
+        }},
+       {"pool", [&] { gqa.pool(); }},
+       {"gate", [&] { gqa.gate(); }},
+       {"index", [&] { gqa.index(); }},
+       {"attend", [&] { gqa.attend(); }},
+       {"attend_bf16", [&] { gqa_bf16.attend(); }},
+       {"moba_32k", [&] { head.forward(); }},
+       {"dense_32k", [&] { head.dense(); }}},
+      repetitions);
+
+  const Arithmetic work = gqa.plan.arithmetic(), one = head.plan.arithmetic();
+  const auto rate = [&](double flops, const char* name) { return flops / seconds.at(name) / 1e9; };
+  const double blas = rate(4 * Sgemm::kFlops, "sgemm");
+  const double routing = seconds.at("pool") + seconds.at("gate") + seconds.at("index");
+  figure("sgemm", blas, "GFLOP/s");
+  figure("attend", rate(work.attend, "attend"), "GFLOP/s");
+  figure("attend_over_sgemm", rate(work.attend, "attend") / blas, "ratio");
+  figure("attend_bf16", rate(work.attend, "attend_bf16"), "GFLOP/s");
+  figure("attend_bf16_over_sgemm", rate(work.attend, "attend_bf16") / blas, "ratio");
+  figure("pool", seconds.at("pool") * 1e3, "ms");
+  figure("gate", seconds.at("gate") * 1e3, "ms");
+  figure("index", seconds.at("index") * 1e3, "ms");
+  figure("routing_share", routing / (routing + seconds.at("attend")), "ratio");
+  figure("dense", rate(one.dense, "dense_32k"), "GFLOP/s");
+  figure("dense_over_sgemm", rate(one.dense, "dense_32k") / blas, "ratio");
+  figure("moba_32k", seconds.at("moba_32k") * 1e3, "ms");
+  figure("moba_over_dense", seconds.at("dense_32k") / seconds.at("moba_32k"), "ratio");
+  figure("flop_ratio", one.dense / (one.pool + one.gate + one.attend), "ratio");
+  figure("plan_extra_mib", static_cast<double>(gqa.plan.workspace_bytes()) / (1 << 20), "MiB");
+  figure("peak_extra_mib", extra / (1 << 20), "MiB");
+}
+
+}  // namespace moba::bench

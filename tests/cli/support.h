@@ -1,0 +1,59 @@
+// What the tests of the program share: a folder of their own, files with any bytes, small inputs, and running the
+// program.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "safetensors.h"
+
+namespace moba::cli {
+
+// An empty folder that goes with the object.
+class TemporaryFolder {
+ public:
+  TemporaryFolder();
+  ~TemporaryFolder();
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+
+  std::string file(const std::string& name) const { return path_ + "/" + name; }
+  const std::string& path() const { return path_; }
+  std::vector<std::string> names() const;  // of what is in it, sorted
+
+ private:
+  std::string path_;
+};
+
+void write_bytes(const std::string& path, std::string_view bytes);
+std::string read_bytes(const std::string& path);
+
+// The bytes of a safetensors file: the length of the header, the header, the data.
+std::string safetensors_bytes(std::string_view header, std::string_view data);
+
+struct Finished {
+  int code = -1;
+  std::string out, err;
+};
+
+// Runs the program with these arguments, in this process's folder. `limits` are shell commands that come first.
+Finished run_moba(const std::vector<std::string>& arguments, const std::string& limits = "");
+
+// q, k and v of a small problem, from a hash of their indices; float32.
+struct SmallInput {
+  std::int64_t tq = 64, tk = 64, q_heads = 4, kv_heads = 2, d = 16;
+  std::map<std::string, std::vector<std::int32_t>> offsets;  // cu_seqlens tensors by name
+
+  void write(const std::string& path) const;
+};
+
+// The floats of a tensor of a file, widened.
+std::vector<float> read_floats(const SafetensorsReader& file, const std::string& name);
+std::vector<std::int32_t> read_ints(const SafetensorsReader& file, const std::string& name);
+
+}  // namespace moba::cli
