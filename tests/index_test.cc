@@ -121,7 +121,7 @@ TEST_P(IndexCases, OfWhatTheGateChose) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Index, IndexCases, ::testing::ValuesIn(cases()));
+INSTANTIATE_TEST_SUITE_P(Index, IndexCases, ::testing::ValuesIn(cases()), case_name);
 
 TEST(Index, MakeSelectionCutsMemoryUp) {
   for (const bool shared : {false, true}) {

@@ -97,7 +97,7 @@ TEST_P(PoolCases, IsTheMeanOfTheKeys) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Pool, PoolCases, ::testing::ValuesIn(cases()));
+INSTANTIATE_TEST_SUITE_P(Pool, PoolCases, ::testing::ValuesIn(cases()), case_name);
 
 // Sums whose order shows: big and small numbers alternate, so that another grouping gives other bits.
 TEST(Pool, KeepsTheOrderOfSummation) {

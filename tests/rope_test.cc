@@ -77,7 +77,7 @@ TEST_P(RopeCases, CpuEqualsReferenceBitForBit) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Rope, RopeCases, ::testing::ValuesIn(cases()));
+INSTANTIATE_TEST_SUITE_P(Rope, RopeCases, ::testing::ValuesIn(cases()), case_name);
 
 // The frequency of a pair, and the factor on both cosine and sine, from the table in the spec.
 struct Turn {

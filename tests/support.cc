@@ -162,6 +162,12 @@ std::ostream& operator<<(std::ostream& stream, const Case& c) {
                 << (c.inputs.tight ? " tight" : "") << " seed " << c.seed;
 }
 
+std::string case_name(const ::testing::TestParamInfo<Case>& info) {
+  std::string text = info.param.name + " " + moba::name(info.param.dtype) + " " + std::to_string(info.index);
+  for (char& letter : text) letter = std::isalnum(static_cast<unsigned char>(letter)) ? letter : '_';
+  return text;
+}
+
 Array starts(const std::vector<std::int64_t>& lengths) {
   Array cu(DType::i32, {std::ssize(lengths) + 1});
   std::int64_t total = 0;

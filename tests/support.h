@@ -113,6 +113,8 @@ struct Case {
   std::int64_t total_q() const, total_k() const;
 };
 std::ostream& operator<<(std::ostream& stream, const Case& c);
+// The name of a test that is made for each of several cases.
+std::string case_name(const ::testing::TestParamInfo<Case>& info);
 
 Array starts(const std::vector<std::int64_t>& lengths);
 

@@ -31,6 +31,11 @@ namespace moba::cpu::HWY_NAMESPACE {
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
+// Keys of a sequence: first .. first + count.
+struct Keys {
+  std::int64_t first = 0, count = 0;
+};
+
 // One chunk of rows of one key head at work.
 template <bool kPairs>
 class Chunk {
@@ -51,15 +56,18 @@ class Chunk {
     std::fill_n(s_.sum, rows_, 0.0f);
   }
 
-  // Attends `rows` (ids token * g + head in group, ascending, all of `sequence`) to keys first .. first + count of it.
-  void attend(const Sequence& sequence, std::int64_t first, std::int64_t count, std::span<const std::int32_t> rows) {
-    for (std::int64_t tile = first; tile < first + count; tile += kKeyTile) {
-      const std::int64_t keys = std::min(kKeyTile, first + count - tile);
+  // Attends `rows` (ids token * g + head in group, ascending, all of `sequence`) to some keys of it. `next` are the keys of
+  // the following call, if there are any.
+  void attend(const Sequence& sequence, const Keys& keys, std::span<const std::int32_t> rows, const Keys& next) {
+    for (std::int64_t tile = keys.first; tile < keys.first + keys.count; tile += kKeyTile) {
+      const std::int64_t count = std::min(kKeyTile, keys.first + keys.count - tile);
       const auto blind = std::ranges::partition_point(
-          rows, [&](std::int32_t row) { return visible(sequence, row, tile, keys) == 0; });
+          rows, [&](std::int32_t row) { return visible(sequence, row, tile, count) == 0; });
       rows = rows.subspan(static_cast<std::size_t>(blind - rows.begin()));
       if (rows.empty()) return;
-      attend_tile(sequence, tile, keys, rows);
+      const std::int64_t left = keys.first + keys.count - (tile + count);
+      coming_ = left > 0 ? Keys{tile + count, std::min(kKeyTile, left)} : Keys{next.first, std::min(kKeyTile, next.count)};
+      attend_tile(sequence, {tile, count}, rows);
     }
   }
 
@@ -89,16 +97,18 @@ class Chunk {
     return visible_keys(position, tile, keys, call_.plan.problem.config.causal);
   }
 
-  void attend_tile(const Sequence& sequence, std::int64_t tile, std::int64_t keys, std::span<const std::int32_t> rows) {
+  void attend_tile(const Sequence& sequence, const Keys& tile, std::span<const std::int32_t> rows) {
     const HeadRows k = head(call_.k), v = head(call_.v);
-    PackKeys<kPairs>(k, sequence.k_begin + tile, keys, s_.keys);
-    const bool finite = kPairs ? PackValuePairs(v, sequence.k_begin + tile, keys, s_.values)
-                               : PackValues(v, sequence.k_begin + tile, keys, s_.values);
+    PackKeys<kPairs>(k, sequence.k_begin + tile.first, tile.count, s_.keys);
+    const bool finite = kPairs ? PackValuePairs(v, sequence.k_begin + tile.first, tile.count, s_.values)
+                               : PackValues(v, sequence.k_begin + tile.first, tile.count, s_.values);
+    coming_row_ = 0;
+    rows_per_tile_ = ceil_div(2 * coming_.count, ceil_div(std::ssize(rows), kRowTile));
     std::array<std::int64_t, kRowTile> seen;
     while (!rows.empty()) {
       std::size_t n = 0;
       while (n < std::min<std::size_t>(rows.size(), kRowTile)) {
-        seen[n] = visible(sequence, rows[n], tile, keys);
+        seen[n] = visible(sequence, rows[n], tile.first, tile.count);
         // A masked key counts as probability zero; times an inf or a NaN that would not be zero. So rows that see
         // different keys part ways here.
         if (!finite && seen[n] != seen[0]) break;
@@ -106,7 +116,7 @@ class Chunk {
       }
       const auto now = rows.first(n);
       rows = rows.subspan(n);
-      attend_rows(now, seen, keys, rows.first(std::min<std::size_t>(rows.size(), kRowTile)));
+      attend_rows(sequence, now, seen, tile.count, rows.first(std::min<std::size_t>(rows.size(), kRowTile)));
     }
   }
 
@@ -116,28 +126,43 @@ class Chunk {
 
   // One tile: at most kRowTile rows against the packed keys and values; row i sees the first seen[i] of them (ascending).
   // `following` is the next tile.
-  void attend_rows(std::span<const std::int32_t> rows, const std::array<std::int64_t, kRowTile>& seen, std::int64_t keys,
+  void attend_rows(const Sequence& sequence, std::span<const std::int32_t> rows,
+                   const std::array<std::int64_t, kRowTile>& seen, std::int64_t keys,
                    std::span<const std::int32_t> following) {
-    const std::int64_t n = static_cast<std::int64_t>(rows.size()), most = seen[rows.size() - 1];
+    const std::int64_t n = std::ssize(rows), most = seen[rows.size() - 1];
     std::array<float*, kRowTile> scores, out;
-    std::array<const void*, kRowTile> out_rows, next_q;
     for (std::int64_t i = 0; i < n; ++i) {
       gather(rows[static_cast<std::size_t>(i)], s_.q + i * words_);
       scores[i] = s_.scores + i * kKeyTile;
       out[i] = s_.out + local(rows[i]) * columns_;
-      out_rows[i] = out[i];
     }
-    std::ranges::transform(following, next_q.begin(), [this](std::int32_t row) { return q_row(row); });
+    std::array<NextRow, kRowTile + 2 * kKeyTile> soon;
     const std::int64_t packed = RoundUp(keys, kKeyStep);
     multiply<false>(s_.q, words_, n, s_.keys, words_, packed, most, words_, scores.data(), nullptr,
-                    {out_rows.data(), n, columns_ * 4});
+                    NextRows(outputs_and_keys(sequence, std::span(out).first(rows.size()), soon)));
     alignas(64) std::array<float, kRowTile> alpha;
     softmax(rows, seen, most, alpha);
     const float* p = kPairs ? s_.pairs : s_.scores;
     const std::int64_t p_stride = kPairs ? kKeyTile / 2 : kKeyTile;
     const std::int64_t depth = kPairs ? (most + 1) / 2 : most, packed_depth = kPairs ? (keys + 1) / 2 : keys;
+    const auto q_bytes = dim_ * static_cast<std::int64_t>(size_in_bytes(call_.q.dtype));
+    std::ranges::transform(following, soon.begin(), [&](std::int32_t row) { return NextRow{q_row(row), q_bytes}; });
     multiply<true>(p, p_stride, n, s_.values, packed_depth, columns_, columns_, depth, out.data(), alpha.data(),
-                   {next_q.data(), std::ssize(following), dim_ * static_cast<std::int64_t>(size_in_bytes(call_.q.dtype))});
+                   NextRows(std::span(soon).first(following.size())));
+  }
+
+  // What a tile needs after its scores: the outputs of its rows; and its share of the keys and values that are packed next.
+  std::span<const NextRow> outputs_and_keys(const Sequence& sequence, std::span<float* const> out,
+                                            std::span<NextRow> soon) {
+    std::size_t n = 0;
+    for (const float* row : out) soon[n++] = {row, columns_ * 4};
+    const auto bytes = dim_ * static_cast<std::int64_t>(size_in_bytes(call_.k.dtype));
+    const std::int64_t end = std::min(2 * coming_.count, coming_row_ + rows_per_tile_);
+    for (; coming_row_ < end; ++coming_row_) {
+      const ConstTensor& from = coming_row_ % 2 == 0 ? call_.k : call_.v;
+      soon[n++] = {head_row(from, sequence.k_begin + coming_.first + coming_row_ / 2, kv_head_), bytes};
+    }
+    return soon.first(n);
   }
 
   template <bool kAccumulate>
@@ -249,6 +274,11 @@ class Chunk {
   const std::int64_t kv_head_, group_, first_row_, rows_, dim_, columns_, words_;
   const float scale_;
   const AttendScratch& s_;
+
+  // The keys that are packed next, of the same sequence: how many rows of k and v, taken in turn, are asked for already,
+  // and how many each tile of rows asks for.
+  Keys coming_;
+  std::int64_t coming_row_ = 0, rows_per_tile_ = 0;
 };
 
 // The rows of `rows` that belong to row ids [begin, end).
@@ -265,12 +295,19 @@ void attend_selected(const Call& call, const Selection& selection, const Outputs
   const std::int64_t* offsets = static_cast<const std::int64_t*>(selection.offsets.data) + kv_head * call.plan.max_blocks;
   const std::int32_t* rows = static_cast<const std::int32_t*>(selection.rows.data);
   for_each_sequence(call.sequences, begin, end, [&](const Sequence& sequence, std::int64_t first, std::int64_t last) {
+    Keys waiting;  // chosen, but not attended to before the next is known
+    std::span<const std::int32_t> waiting_rows;
     for (std::int64_t block = 0; block < sequence.blocks; ++block) {
       const std::int64_t* range = offsets + sequence.block_begin + block;
       const auto chosen = rows_between({rows + range[0], rows + range[1]}, first * group, last * group);
+      if (chosen.empty()) continue;
       const std::int64_t start = block * block_size;
-      if (!chosen.empty()) chunk.attend(sequence, start, std::min(block_size, sequence.k_len - start), chosen);
+      const Keys keys{start, std::min(block_size, sequence.k_len - start)};
+      chunk.attend(sequence, waiting, waiting_rows, keys);
+      waiting = keys;
+      waiting_rows = chosen;
     }
+    chunk.attend(sequence, waiting, waiting_rows, {});
   });
   chunk.finish(outputs);
 }
@@ -283,7 +320,7 @@ void attend_all(const Call& call, const Outputs& outputs, std::int64_t kv_head, 
   std::iota(scratch.row_ids, scratch.row_ids + (end - begin) * group, static_cast<std::int32_t>(begin * group));
   for_each_sequence(call.sequences, begin, end, [&](const Sequence& sequence, std::int64_t first, std::int64_t last) {
     const std::span<const std::int32_t> rows(scratch.row_ids + (first - begin) * group, scratch.row_ids + (last - begin) * group);
-    chunk.attend(sequence, 0, sequence.k_len, rows);
+    chunk.attend(sequence, {0, sequence.k_len}, rows, {});
   });
   chunk.finish(outputs);
 }

@@ -43,13 +43,15 @@ HWY_INLINE hn::Vec<I32> order_scores(float* scores, std::int64_t n) {
   return maxima;
 }
 
-// The `rank`-th largest of the lanes, or less where lanes are equal.
+// The `rank`-th largest of the lanes: the least of those that fewer than `rank` lanes exceed.
 HWY_INLINE std::int32_t ranked_lane(hn::Vec<I32> lanes, std::int64_t rank) {
   const I32 di;
-  for (; rank > 1; --rank) {
-    lanes = hn::IfThenElse(hn::Eq(lanes, hn::MaxOfLanes(di, lanes)), hn::Set(di, kLowest), lanes);
-  }
-  return hn::GetLane(hn::MaxOfLanes(di, lanes));
+  alignas(64) std::int32_t each[kLanes];
+  hn::Store(lanes, di, each);
+  auto greater = hn::Zero(di);
+  for (const std::int32_t lane : each) greater = hn::Sub(greater, hn::VecFromMask(di, hn::Gt(hn::Set(di, lane), lanes)));
+  const auto ranked = hn::Lt(greater, hn::Set(di, static_cast<std::int32_t>(rank)));
+  return hn::GetLane(hn::MinOfLanes(di, hn::IfThenElse(ranked, lanes, hn::Set(di, std::numeric_limits<std::int32_t>::max()))));
 }
 
 // The best `capacity` blocks of those offered so far, ascending. An entry is one integer, the ordered score above the
@@ -104,18 +106,23 @@ class BestBlocks {
 
   // Puts entries[0..found) before the list and drops the least of all until `capacity` are left.
   void add(std::int64_t* entries, std::int64_t found) {
-    std::copy_n(list_, size_, entries + found);
-    const std::int64_t total = found + size_;
-    least_ = std::numeric_limits<std::int64_t>::min();
-    if (total >= capacity_) {
-      std::int64_t* sorted = entries + total;
-      std::copy_n(entries, total, sorted);
-      std::nth_element(sorted, sorted + (total - capacity_), sorted + total);
-      least_ = sorted[total - capacity_];
+    std::int64_t* end = std::copy_n(list_, size_, entries + found);
+    if (end - entries > capacity_ + kFew) {
+      std::int64_t* sorted = end;
+      std::int64_t* sorted_end = std::copy(entries, end, sorted);
+      std::int64_t* least = sorted_end - capacity_;
+      std::nth_element(sorted, least, sorted_end);
+      end = std::remove_if(entries, end, [bar = *least](std::int64_t entry) { return entry < bar; });
     }
-    const std::int64_t least = least_;
-    size_ = std::copy_if(entries, entries + total, list_, [least](std::int64_t entry) { return entry >= least; }) - list_;
+    while (end - entries > capacity_) {
+      std::int64_t* least = std::min_element(entries, end);
+      end = std::copy(least + 1, end, least);
+    }
+    size_ = std::copy(entries, end, list_) - list_;
+    if (size_ == capacity_) least_ = *std::min_element(list_, list_ + size_);
   }
+
+  static constexpr std::int64_t kFew = 8;  // so many are dropped one by one
 
   std::int64_t* list_ = nullptr;
   std::int64_t capacity_ = 0, size_ = 0;

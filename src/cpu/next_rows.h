@@ -3,31 +3,36 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 namespace moba::cpu {
+
+struct NextRow {
+  const void* data;
+  std::int64_t bytes;
+};
 
 class NextRows {
  public:
   NextRows() = default;
-  // `count` rows of `bytes` each.
-  NextRows(const void* const* rows, std::int64_t count, std::int64_t bytes) : rows_(rows), count_(count), bytes_(bytes) {}
+  explicit NextRows(std::span<const NextRow> rows) : rows_(rows) {}
 
   // Spreads the lines evenly over so many calls of step(): asked for all at once, they would wait for each other, and the
   // arithmetic for them.
   void spread(std::int64_t steps) {
-    const std::int64_t lines = count_ * ((bytes_ + kLine - 1) / kLine);
+    std::int64_t lines = 0;
+    for (const NextRow& row : rows_) lines += (row.bytes + kLine - 1) / kLine;
     per_step_ = steps > 0 ? (lines + steps - 1) / steps : 0;
   }
 
   void step() {
 #if defined(__GNUC__)
-    for (std::int64_t i = 0; i < per_step_ && count_ > 0; ++i) {
-      __builtin_prefetch(static_cast<const std::byte*>(*rows_) + at_, 0, 2);
+    for (std::int64_t i = 0; i < per_step_ && !rows_.empty(); ++i) {
+      __builtin_prefetch(static_cast<const std::byte*>(rows_.front().data) + at_, 0, 2);
       at_ += kLine;
-      if (at_ < bytes_) continue;
+      if (at_ < rows_.front().bytes) continue;
       at_ = 0;
-      ++rows_;
-      --count_;
+      rows_ = rows_.subspan(1);
     }
 #endif
   }
@@ -35,8 +40,8 @@ class NextRows {
  private:
   static constexpr std::int64_t kLine = 64;
 
-  const void* const* rows_ = nullptr;
-  std::int64_t count_ = 0, bytes_ = 0, per_step_ = 0, at_ = 0;
+  std::span<const NextRow> rows_;
+  std::int64_t per_step_ = 0, at_ = 0;
 };
 
 }  // namespace moba::cpu
