@@ -1,29 +1,11 @@
 // index: the transpose of a selection, against the reference and against a count by hand.
 #include <algorithm>
 #include <map>
-#include <set>
 
 #include "support.h"
 
 namespace moba::test {
 namespace {
-
-// A choice of one's own: any blocks of the row's sequence, also of the future, also none.
-void choose_anything(const Case& c, Chosen& chosen, std::uint64_t seed) {
-  Random random(seed);
-  std::int64_t token = 0;
-  for (std::size_t s = 0; s < c.q_lengths.size(); ++s) {
-    const std::int64_t blocks = (c.k_lengths[s] + c.config.block_size - 1) / c.config.block_size;
-    for (std::int64_t i = 0; i < c.q_lengths[s]; ++i, ++token) {
-      for (std::int64_t head = 0; head < chosen.ids.dim(1); ++head) {
-        std::set<std::int32_t> some;
-        const std::int64_t wanted = random.integer(0, std::min(blocks, chosen.ids.dim(2)));
-        while (std::ssize(some) < wanted) some.insert(static_cast<std::int32_t>(random.integer(0, blocks - 1)));
-        chosen.set_row(token, head, {some.begin(), some.end()});
-      }
-    }
-  }
-}
 
 void expect_transpose(const Case& c, Chosen& chosen, std::int64_t max_blocks) {
   const std::int64_t group = c.q_heads / c.kv_heads, per_row = c.q_heads / chosen.ids.dim(1);

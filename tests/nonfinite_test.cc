@@ -118,7 +118,9 @@ TEST(NonFinite, OtherSequencesHeadsAndBlocksDoNotLeak) {
             ASSERT_EQ(row_bits(got, token, head) == row_bits(expected, token, head), !hit) << token << " " << head;
             ASSERT_EQ(row_bits(dense_got, token, head) == row_bits(dense_expected, token, head), !hit)
                 << token << " " << head;
-            if (hit) ASSERT_TRUE(std::isnan(got.out.get(token, head, 0)) && std::isnan(got.lse.get(head, token)));
+            if (hit) {
+              ASSERT_TRUE(std::isnan(got.out.get(token, head, 0)) && std::isnan(got.lse.get(head, token)));
+            }
             const auto blocks = chosen.row(token, head);
             if (head >= 2 || !std::ranges::count(blocks, 1)) {
               ASSERT_EQ(row_bits(got_values, token, head), row_bits(expected, token, head)) << token << " " << head;

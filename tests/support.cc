@@ -1,7 +1,9 @@
 #include "support.h"
 
 #include <algorithm>
+#include <cctype>
 #include <numeric>
+#include <set>
 
 namespace moba::test {
 
@@ -239,6 +241,22 @@ std::vector<std::int32_t> Chosen::transpose() const {
 bool Chosen::surroundings_untouched() const {
   return ids.surroundings_untouched() && counts.surroundings_untouched() && offsets.surroundings_untouched() &&
          rows.surroundings_untouched();
+}
+
+void choose_anything(const Case& c, Chosen& chosen, std::uint64_t seed) {
+  Random random(seed);
+  std::int64_t token = 0;
+  for (std::size_t s = 0; s < c.q_lengths.size(); ++s) {
+    const std::int64_t blocks = (c.k_lengths[s] + c.config.block_size - 1) / c.config.block_size;
+    for (std::int64_t i = 0; i < c.q_lengths[s]; ++i, ++token) {
+      for (std::int64_t head = 0; head < chosen.ids.dim(1); ++head) {
+        std::set<std::int32_t> some;
+        const std::int64_t wanted = random.integer(0, std::min(blocks, chosen.ids.dim(2)));
+        while (std::ssize(some) < wanted) some.insert(static_cast<std::int32_t>(random.integer(0, blocks - 1)));
+        chosen.set_row(token, head, {some.begin(), some.end()});
+      }
+    }
+  }
 }
 
 Attention Runner::forward(const Inputs& inputs, const Layout& layout) {

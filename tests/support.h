@@ -145,6 +145,9 @@ struct Chosen {
   bool surroundings_untouched() const;
 };
 
+// Ids of one's own for every row: blocks of its sequence at random, of the future too, from none of them to all slots.
+void choose_anything(const Case& c, Chosen& chosen, std::uint64_t seed);
+
 // A plan with a workspace of exactly its size, and the functions of moba/attention.h on it.
 class Runner {
  public:

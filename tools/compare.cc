@@ -59,7 +59,7 @@ void compare_times(const CompareArguments& arguments, const AttentionFile& file,
 
 void print_errors(const char* name, const RowErrors& errors) {
   std::printf("%-8s %12.2e %12.2e", name, errors.max, errors.median);
-  if (errors.not_finite > 0) std::printf("   and %lld rows not finite", static_cast<long long>(errors.not_finite));
+  if (errors.not_finite > 0) std::printf("   and %s rows not finite", std::to_string(errors.not_finite).c_str());
   std::printf("\n");
 }
 
@@ -71,12 +71,12 @@ void compare_with_float64(const CompareArguments& arguments, const AttentionFile
     accuracy = check_accuracy(plan, file, forward.selection(), forward.outputs().out, full.outputs.out,
                               arguments.check_rows, progress);
   }
-  std::printf("\nerror against float64, relative per row, %lld rows\n", static_cast<long long>(accuracy.rows));
+  const std::string rows = std::to_string(accuracy.rows), same = std::to_string(accuracy.same_selection);
+  std::printf("\nerror against float64, relative per row, %s rows\n", rows.c_str());
   std::printf("%-8s %12s %12s\n", "", "max", "median");
   print_errors("MoBA", accuracy.moba);
   print_errors("dense", accuracy.dense);
-  std::printf("same blocks as float64 in %lld of %lld rows\n", static_cast<long long>(accuracy.same_selection),
-              static_cast<long long>(accuracy.rows));
+  std::printf("same blocks as float64 in %s of %s rows\n", same.c_str(), rows.c_str());
 }
 
 // The kept mass of all sequences, and the picture of the first.

@@ -49,7 +49,7 @@ fs::path resolve(const std::string& path) {
   if (path.empty()) throw Error("output: the file name is empty");
   std::error_code fault;
   if (!fs::is_symlink(path, fault)) return path;
-  const fs::path target = fs::canonical(path, fault);
+  fs::path target = fs::canonical(path, fault);
   if (fault) throw Error(path + ": is a link that leads nowhere");
   return target;
 }

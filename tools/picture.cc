@@ -20,9 +20,8 @@ void write_picture(const std::string& path, const std::string& input, const Plan
   text.causal = plan.problem().config.causal;
   text.title = "MoBA: which key blocks the queries chose";
   text.lines = {printable(std::filesystem::path(input).filename().string(), 48) +
-                    (plan.problem().batch == 1 ? "" : ", sequence " + std::to_string(sequence)) +
-                    format(": %lld queries, %lld keys", static_cast<long long>(map.query_tokens),
-                           static_cast<long long>(map.key_tokens)),
+                    (plan.problem().batch == 1 ? "" : ", sequence " + std::to_string(sequence)) + ": " +
+                    std::to_string(map.query_tokens) + " queries, " + std::to_string(map.key_tokens) + " keys",
                 describe_attention(plan.problem(), true),
                 "kept: the share of the dense attention mass that lies in the chosen blocks"};
   OutputFile svg(path);

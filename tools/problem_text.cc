@@ -146,17 +146,27 @@ std::string problem_text_help() {
 
 std::string describe(const TextProblem& text) {
   const Problem& problem = text.problem;
-  const std::string lengths =
-      text.seqlen_q == text.seqlen_k
-          ? format("tokens=%lld", static_cast<long long>(text.seqlen_q))
-          : format("tq=%lld tk=%lld", static_cast<long long>(text.seqlen_q), static_cast<long long>(text.seqlen_k));
-  std::string line = format("%s batch=%lld q_heads=%lld kv_heads=%lld d=%lld block=%lld topk=%lld dtype=%s causal=%d",
-                            lengths.c_str(), static_cast<long long>(problem.batch),
-                            static_cast<long long>(problem.q_heads), static_cast<long long>(problem.kv_heads),
-                            static_cast<long long>(problem.head_dim), static_cast<long long>(problem.config.block_size),
-                            static_cast<long long>(problem.config.top_k), name(problem.dtype), problem.config.causal);
-  if (problem.config.scale) line += format(" scale=%g", *problem.config.scale);
-  if (problem.rope) line += format(" rope_base=%g", problem.rope->base);
+  std::string line;
+  const auto add = [&line](const char* key, std::string_view value) {
+    if (!line.empty()) line += ' ';
+    line.append(key).append("=").append(value);
+  };
+  if (text.seqlen_q == text.seqlen_k) {
+    add("tokens", std::to_string(text.seqlen_q));
+  } else {
+    add("tq", std::to_string(text.seqlen_q));
+    add("tk", std::to_string(text.seqlen_k));
+  }
+  add("batch", std::to_string(problem.batch));
+  add("q_heads", std::to_string(problem.q_heads));
+  add("kv_heads", std::to_string(problem.kv_heads));
+  add("d", std::to_string(problem.head_dim));
+  add("block", std::to_string(problem.config.block_size));
+  add("topk", std::to_string(problem.config.top_k));
+  add("dtype", name(problem.dtype));
+  add("causal", problem.config.causal ? "1" : "0");
+  if (problem.config.scale) add("scale", format("%g", *problem.config.scale));
+  if (problem.rope) add("rope_base", format("%g", problem.rope->base));
   return line;
 }
 

@@ -103,10 +103,10 @@ std::string legend(int x, int y, std::int64_t blocks_per_cell) {
                     y + 28, percent_of(level, blocks_per_cell));
     }
   }
-  const std::string meaning =
-      blocks_per_cell == 1 ? std::string("of the queries of a block chose the key block")
-                           : format("of the (query, key block) pairs of a cell, %lld x %lld blocks, were chosen",
-                                    static_cast<long long>(blocks_per_cell), static_cast<long long>(blocks_per_cell));
+  const std::string side = std::to_string(blocks_per_cell);
+  const std::string meaning = blocks_per_cell == 1 ? std::string("of the queries of a block chose the key block")
+                                                   : "of the (query, key block) pairs of a cell, " + side + " x " +
+                                                         side + " blocks, were chosen";
   return svg + format("<text class=\"soft\" x=\"%d\" y=\"%d\">%s</text>\n", x + 12 + kLevels * kSwatch, y + 12,
                       meaning.c_str());
 }
@@ -116,7 +116,7 @@ std::string reach_path(const SelectionMap& map, bool causal) {
   std::string path = "M0 0";
   for (std::int64_t row = 0; row < map.rows; ++row) {
     const std::int64_t end = causal ? std::min(map.columns, map.first_row + row + 1) : map.columns;
-    path += format("H%lldV%lld", static_cast<long long>(end), static_cast<long long>(row + 1));
+    path += "H" + std::to_string(end) + "V" + std::to_string(row + 1);
   }
   return path + "H0Z";
 }
