@@ -36,7 +36,8 @@ Sgemm::Sgemm(int threads) {
     for (const int column : {0, 777, kSize - 1}) {
       double sum = 0;
       for (int k = 0; k < kSize; ++k) sum += double{a_[row * kSize + k]} * b_[k * kSize + column];
-      if (std::fabs(sum - c_[row * kSize + column]) > 1e-2) throw std::runtime_error("OpenBLAS sgemm gave a wrong product");
+      if (std::fabs(sum - c_[row * kSize + column]) > 1e-2)
+        throw std::runtime_error("OpenBLAS sgemm gave a wrong product");
     }
   }
 }
@@ -48,7 +49,8 @@ Sgemm::~Sgemm() {
 }
 
 void Sgemm::run() {
-  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, kSize, kSize, kSize, 1.0f, a_, kSize, b_, kSize, 0.0f, c_, kSize);
+  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, kSize, kSize, kSize, 1.0f, a_, kSize, b_, kSize, 0.0f, c_,
+              kSize);
 }
 
 }  // namespace moba::bench

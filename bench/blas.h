@@ -5,15 +5,16 @@
 
 namespace moba::bench {
 
-// OpenBLAS chooses its kernels when it is loaded, and takes generic ones on a processor it is too old to know. Where that
-// would happen this runs the program again, once, with OPENBLAS_CORETYPE set to the kernels of the instruction set.
-// Call first in main.
+// OpenBLAS chooses its kernels when it is loaded, and takes generic ones on a processor it is too old to know. Where
+// that would happen this runs the program again, once, with OPENBLAS_CORETYPE set to the kernels of the instruction
+// set. Call first in main.
 void fit_blas_to_processor(char** argv);
 
 // "SkylakeX", as OpenBLAS calls the kernels it uses.
 std::string blas_kernels();
 
-// C = A B for matrices of kSize x kSize, all float32. Throws std::runtime_error from the constructor if the product is wrong.
+// C = A B for matrices of kSize x kSize, all float32. Throws std::runtime_error from the constructor if the product is
+// wrong.
 class Sgemm {
  public:
   static constexpr int kSize = 2048;

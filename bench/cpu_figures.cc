@@ -41,13 +41,15 @@ class Workload {
         inputs_(random_.inputs),
         out_(random_.q.size()),
         lse_(static_cast<std::size_t>(problem.total_q * problem.q_heads) * sizeof(float)),
-        centroids_(static_cast<std::size_t>(plan.max_blocks() * problem.kv_heads * problem.head_dim) * size_in_bytes(problem.dtype)),
+        centroids_(static_cast<std::size_t>(plan.max_blocks() * problem.kv_heads * problem.head_dim) *
+                   size_in_bytes(problem.dtype)),
         selected_(plan.selection_bytes()),
         workspace_(plan.workspace_bytes()),
         selection_(make_selection(plan, selected_.span())) {
     outputs_.out = Tensor(out_.data(), problem.dtype, {problem.total_q, problem.q_heads, problem.head_dim});
     outputs_.lse = Tensor(lse_.data(), DType::f32, {problem.q_heads, problem.total_q});
-    representatives_ = Tensor(centroids_.data(), problem.dtype, {plan.max_blocks(), problem.kv_heads, problem.head_dim});
+    representatives_ =
+        Tensor(centroids_.data(), problem.dtype, {plan.max_blocks(), problem.kv_heads, problem.head_dim});
     select();  // so that attend can be timed on its own
   }
 
@@ -91,19 +93,18 @@ void cpu_figures(int threads, int repetitions) {
     gqa.forward(workspace.span());
   });
 
-  const auto seconds = best_seconds(
-      {{"sgemm",
-        [&] {
-          for (int i = 0; i < 4; ++i) sgemm.run();
-        }},
-       {"pool", [&] { gqa.pool(); }},
-       {"gate", [&] { gqa.gate(); }},
-       {"index", [&] { gqa.index(); }},
-       {"attend", [&] { gqa.attend(); }},
-       {"attend_bf16", [&] { gqa_bf16.attend(); }},
-       {"moba_32k", [&] { head.forward(); }},
-       {"dense_32k", [&] { head.dense(); }}},
-      repetitions);
+  const auto seconds = best_seconds({{"sgemm",
+                                      [&] {
+                                        for (int i = 0; i < 4; ++i) sgemm.run();
+                                      }},
+                                     {"pool", [&] { gqa.pool(); }},
+                                     {"gate", [&] { gqa.gate(); }},
+                                     {"index", [&] { gqa.index(); }},
+                                     {"attend", [&] { gqa.attend(); }},
+                                     {"attend_bf16", [&] { gqa_bf16.attend(); }},
+                                     {"moba_32k", [&] { head.forward(); }},
+                                     {"dense_32k", [&] { head.dense(); }}},
+                                    repetitions);
 
   const Arithmetic work = gqa.plan.arithmetic(), one = head.plan.arithmetic();
   const auto rate = [&](double flops, const char* name) { return flops / seconds.at(name) / 1e9; };

@@ -9,9 +9,11 @@
 
 int main(int argc, char** argv) {
   moba::bench::fit_blas_to_processor(argv);
-  CLI::App app("Measures the cpu backend and prints lines 'figure NAME VALUE UNIT' to stdout; the rest goes to stderr.");
+  CLI::App app(
+      "Measures the cpu backend and prints lines 'figure NAME VALUE UNIT' to stdout; the rest goes to stderr.");
   int threads = 0, repetitions = 7;
-  app.add_option("--threads", threads, "threads for both the library and OpenBLAS; 0: one per core")->capture_default_str();
+  app.add_option("--threads", threads, "threads for both the library and OpenBLAS; 0: one per core")
+      ->capture_default_str();
   app.add_option("--repetitions", repetitions, "how often each is measured; the best counts")->capture_default_str();
   CLI11_PARSE(app, argc, argv);
   try {

@@ -36,11 +36,17 @@ class BestTimes : public benchmark::ConsoleReporter {
 
 std::map<std::string, double> best_seconds(const Timed& things, int repetitions) {
   for (const auto& [name, run] : things) {
-    benchmark::RegisterBenchmark(name.c_str(), [&run](benchmark::State& state) {
-      for (auto _ : state) run();
-      // Threads of OpenBLAS spin on for a while, and would take half of what runs next on the same cores.
-      std::this_thread::sleep_for(std::chrono::milliseconds(200));
-    })->Repetitions(repetitions)->UseRealTime()->Unit(benchmark::kMillisecond)->MinTime(0.25);
+    benchmark::RegisterBenchmark(name.c_str(),
+                                 [&run](benchmark::State& state) {
+                                   for (auto _ : state) run();
+                                   // Threads of OpenBLAS spin on for a while, and would take half of what runs next on
+                                   // the same cores.
+                                   std::this_thread::sleep_for(std::chrono::milliseconds(200));
+                                 })
+        ->Repetitions(repetitions)
+        ->UseRealTime()
+        ->Unit(benchmark::kMillisecond)
+        ->MinTime(0.25);
   }
   std::string program = "moba_bench", interleave = "--benchmark_enable_random_interleaving=true";
   char* arguments[] = {program.data(), interleave.data(), nullptr};

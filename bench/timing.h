@@ -7,8 +7,8 @@
 
 namespace moba::bench {
 
-// Things to time, by name. They run in an order that is shuffled over the repetitions, so that a machine that slows down
-// for a while slows all of them.
+// Things to time, by name. They run in an order that is shuffled over the repetitions, so that a machine that slows
+// down for a while slows all of them.
 using Timed = std::map<std::string, std::function<void()>>;
 
 // Seconds of the fastest of `repetitions` of each; Google Benchmark's own table goes to stderr.

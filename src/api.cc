@@ -69,7 +69,8 @@ void check_centroids(const Plan& plan, const ConstTensor& centroids, bool output
 // The pieces of the workspace behind the scratch, in the order of their use.
 class Stack {
  public:
-  Stack(const Call& call, const Problem& problem) : next_(call.scratch.data() + aligned(call.scratch.size())), problem_(problem) {}
+  Stack(const Call& call, const Problem& problem)
+      : next_(call.scratch.data() + aligned(call.scratch.size())), problem_(problem) {}
   Tensor tensor(std::size_t bytes, std::int64_t rows, std::int64_t heads) {
     return Tensor(take(bytes).data(), problem_.dtype, {rows, heads, problem_.head_dim});
   }
@@ -182,7 +183,8 @@ void gate(const Plan& plan, const Inputs& inputs, const ConstTensor& centroids, 
   const Call call = make_call(plan, inputs, kQ, workspace);
   check_centroids(plan, centroids, false);
   check_selection_rows(plan.impl(), selection, true);
-  const Region written[] = {{"selection.ids", selection.ids}, {"selection.counts", selection.counts}, {"workspace", workspace}};
+  const Region written[] = {
+      {"selection.ids", selection.ids}, {"selection.counts", selection.counts}, {"workspace", workspace}};
   std::vector<Region> read = regions(inputs, kQ);
   read.emplace_back("centroids", centroids);
   check_no_overlap(written, read);
@@ -193,8 +195,10 @@ void index(const Plan& plan, const Inputs& inputs, const Selection& selection, W
   const Call call = make_call(plan, inputs, 0, workspace);
   check_selection_rows(plan.impl(), selection, false);
   check_selection_transpose(plan.impl(), selection);
-  const Region written[] = {{"selection.counts", selection.counts}, {"selection.offsets", selection.offsets},
-                            {"selection.rows", selection.rows}, {"workspace", workspace}};
+  const Region written[] = {{"selection.counts", selection.counts},
+                            {"selection.offsets", selection.offsets},
+                            {"selection.rows", selection.rows},
+                            {"workspace", workspace}};
   std::vector<Region> read = regions(inputs, 0);
   read.emplace_back("selection.ids", selection.ids);
   check_no_overlap(written, read);
@@ -207,8 +211,10 @@ void select(const Plan& plan, const Inputs& inputs, const Selection& selection, 
   const Call call = make_call(plan, inputs, kQ | kK, workspace);
   check_selection_rows(plan.impl(), selection, true);
   check_selection_transpose(plan.impl(), selection);
-  const Region written[] = {{"selection.ids", selection.ids}, {"selection.counts", selection.counts},
-                            {"selection.offsets", selection.offsets}, {"selection.rows", selection.rows},
+  const Region written[] = {{"selection.ids", selection.ids},
+                            {"selection.counts", selection.counts},
+                            {"selection.offsets", selection.offsets},
+                            {"selection.rows", selection.rows},
                             {"workspace", workspace}};
   check_no_overlap(written, regions(inputs, kQ | kK));
   Stack stack(call, p);

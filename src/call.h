@@ -12,8 +12,8 @@ namespace moba {
 
 // One sequence of the packed batch. Query i of it sits at position k_len - q_len + i.
 struct Sequence {
-  std::int64_t q_begin = 0, q_len = 0;  // tokens of q
-  std::int64_t k_begin = 0, k_len = 0;  // tokens of k and v
+  std::int64_t q_begin = 0, q_len = 0;       // tokens of q
+  std::int64_t k_begin = 0, k_len = 0;       // tokens of k and v
   std::int64_t block_begin = 0, blocks = 0;  // blocks, numbered through the batch; blocks = ceil(k_len / B)
 
   std::int64_t first_position() const { return k_len - q_len; }
@@ -36,13 +36,13 @@ inline std::int64_t visible_keys(std::int64_t position, std::int64_t start, std:
 
 // The steps; every backend has the same ones with the same names, in a namespace of its own. Stage by stage they are
 // what moba/attention.h says of the functions of the same name.
-#define MOBA_DECLARE_STEPS                                                                        \
-  void rope(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated);                  \
-  void pool(const Call& call, const Tensor& centroids);                                           \
-  void gate(const Call& call, const ConstTensor& centroids, const Selection& selection);          \
-  void index(const Call& call, const Selection& selection);                                       \
-  void attend(const Call& call, const Selection& selection, const Outputs& outputs);              \
-  void dense(const Call& call, const Outputs& outputs);                                           \
+#define MOBA_DECLARE_STEPS                                                               \
+  void rope(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated);         \
+  void pool(const Call& call, const Tensor& centroids);                                  \
+  void gate(const Call& call, const ConstTensor& centroids, const Selection& selection); \
+  void index(const Call& call, const Selection& selection);                              \
+  void attend(const Call& call, const Selection& selection, const Outputs& outputs);     \
+  void dense(const Call& call, const Outputs& outputs);                                  \
   void merge(const Plan::Impl& plan, std::span<const Outputs> partials, const Outputs& outputs);
 
 namespace reference {

@@ -61,14 +61,17 @@ void check_rope(Rope& rope, const Problem& problem) {
     refuse("rope.style", static_cast<int>(rope.style), "half_split, interleaved");
   }
   if (rope.rotary_dim % 2 != 0 || rope.rotary_dim < 2 || rope.rotary_dim > problem.head_dim) {
-    refuse("rope.rotary_dim", rope.rotary_dim, "even numbers from 2 to head_dim (" + std::to_string(problem.head_dim) + ")");
+    refuse("rope.rotary_dim", rope.rotary_dim,
+           "even numbers from 2 to head_dim (" + std::to_string(problem.head_dim) + ")");
   }
-  if (rope.cos.given() != rope.sin.given()) refuse(rope.cos.given() ? "rope.sin" : "rope.cos", "not given", "both or none");
+  if (rope.cos.given() != rope.sin.given())
+    refuse(rope.cos.given() ? "rope.sin" : "rope.cos", "not given", "both or none");
   if (rope.cos.given()) {
     check_tensor(rope.cos, {"rope.cos", DType::f32, {-1, rope.rotary_dim / 2}});
     check_tensor(rope.sin, {"rope.sin", DType::f32, {rope.cos.shape[0], rope.rotary_dim / 2}});
     if (rope.cos.shape[0] < problem.max_seqlen_k) {
-      refuse("rope.cos", describe(rope.cos), "at least max_seqlen_k (" + std::to_string(problem.max_seqlen_k) + ") rows");
+      refuse("rope.cos", describe(rope.cos),
+             "at least max_seqlen_k (" + std::to_string(problem.max_seqlen_k) + ") rows");
     }
     if (problem.max_seqlen_q > problem.max_seqlen_k) {
       refuse("max_seqlen_q", problem.max_seqlen_q,
@@ -78,7 +81,8 @@ void check_rope(Rope& rope, const Problem& problem) {
   }
   check_positive("rope.base", rope.base);
   switch (rope.scaling) {
-    case RopeScaling::none: return;
+    case RopeScaling::none:
+      return;
     case RopeScaling::yarn:
       check_positive("rope.beta_slow", rope.beta_slow);
       check_positive("rope.beta_fast", rope.beta_fast);
@@ -93,8 +97,10 @@ void check_rope(Rope& rope, const Problem& problem) {
         refuse("rope.high_freq_factor", rope.high_freq_factor, "numbers above rope.low_freq_factor");
       }
       break;
-    case RopeScaling::linear: break;
-    default: refuse("rope.scaling", static_cast<int>(rope.scaling), "none, linear, llama3, yarn");
+    case RopeScaling::linear:
+      break;
+    default:
+      refuse("rope.scaling", static_cast<int>(rope.scaling), "none, linear, llama3, yarn");
   }
   if (!(rope.factor >= 1) || !std::isfinite(rope.factor)) refuse("rope.factor", rope.factor, "finite numbers from 1");
   check_positive("rope.original_max_position", rope.original_max_position);
@@ -112,11 +118,15 @@ void check_options(const Options& options, const Problem& problem) {
   }
   switch (options.bf16_products) {
     case Bf16Products::automatic:
-    case Bf16Products::widen: return;
-    case Bf16Products::dot: break;
-    default: refuse("options.bf16_products", static_cast<int>(options.bf16_products), "automatic, widen, dot");
+    case Bf16Products::widen:
+      return;
+    case Bf16Products::dot:
+      break;
+    default:
+      refuse("options.bf16_products", static_cast<int>(options.bf16_products), "automatic, widen, dot");
   }
-  if (problem.dtype != DType::bf16) refuse("options.bf16_products", "dot", "automatic or widen, where dtype is not bf16");
+  if (problem.dtype != DType::bf16)
+    refuse("options.bf16_products", "dot", "automatic or widen, where dtype is not bf16");
   if (!cpu::bf16_dot_support().available || cpu::find_target(options.cpu_target) != HWY_AVX3) {
     refuse("options.bf16_products", "dot", "automatic or widen on this processor and target, which has no AVX512_BF16");
   }
@@ -141,7 +151,8 @@ Problem checked(Problem p, const Options& options) {
   }
   check_range("kv_heads", p.kv_heads, 1, kMaxRows);
   check_range("q_heads", p.q_heads, 1, kMaxRows);
-  if (p.q_heads % p.kv_heads != 0) refuse("q_heads", p.q_heads, "multiples of kv_heads (" + std::to_string(p.kv_heads) + ")");
+  if (p.q_heads % p.kv_heads != 0)
+    refuse("q_heads", p.q_heads, "multiples of kv_heads (" + std::to_string(p.kv_heads) + ")");
   check_range("head_dim", p.head_dim, 8, 256);
   check_range("batch", p.batch, 0, kMaxRows);
   check_range("total_q", p.total_q, 0);
@@ -170,23 +181,26 @@ Problem checked(Problem p, const Options& options) {
   return p;
 }
 
-void check_cu_seqlens(std::string_view argument, std::span<const std::int64_t> cu, std::int64_t batch, std::int64_t total,
-                      std::int64_t longest) {
+void check_cu_seqlens(std::string_view argument, std::span<const std::int64_t> cu, std::int64_t batch,
+                      std::int64_t total, std::int64_t longest) {
   const std::string a(argument);
-  if (std::ssize(cu) != batch + 1) refuse(a, std::to_string(cu.size()) + " entries", std::to_string(batch + 1) + " (batch + 1)");
+  if (std::ssize(cu) != batch + 1)
+    refuse(a, std::to_string(cu.size()) + " entries", std::to_string(batch + 1) + " (batch + 1)");
   if (cu[0] != 0) refuse(a + "[0]", cu[0], "0");
   for (std::int64_t s = 0; s < batch; ++s) {
     const std::string entry = a + "[" + std::to_string(s + 1) + "]";
     if (cu[s + 1] < cu[s]) refuse(entry, cu[s + 1], "no less than the entry before it (" + std::to_string(cu[s]) + ")");
     if (cu[s + 1] - cu[s] > longest) {
-      refuse("length of sequence " + std::to_string(s) + " in " + a, cu[s + 1] - cu[s], "up to " + std::to_string(longest));
+      refuse("length of sequence " + std::to_string(s) + " in " + a, cu[s + 1] - cu[s],
+             "up to " + std::to_string(longest));
     }
   }
-  if (cu[batch] != total) refuse(a + "[" + std::to_string(batch) + "]", cu[batch], "the total, " + std::to_string(total));
+  if (cu[batch] != total)
+    refuse(a + "[" + std::to_string(batch) + "]", cu[batch], "the total, " + std::to_string(total));
 }
 
-std::vector<std::int64_t> checked_cu_seqlens(std::string_view argument, const ConstTensor& tensor, const Plan::Impl& plan,
-                                             std::int64_t total, std::int64_t longest) {
+std::vector<std::int64_t> checked_cu_seqlens(std::string_view argument, const ConstTensor& tensor,
+                                             const Plan::Impl& plan, std::int64_t total, std::int64_t longest) {
   const std::int64_t batch = plan.problem.batch;
   std::vector<std::int64_t> cu;
   if (!tensor.given()) {
@@ -213,8 +227,10 @@ void check_tensor(const ConstTensor& t, const Expected& expected) {
   if (!t.given()) refuse(a, "not given", wanted());
   if (t.device != Device::cpu) refuse(a + ".device", name(t.device), "cpu");
   const int rank = static_cast<int>(expected.shape.size());
-  const bool shape_fits = t.rank == rank && std::ranges::equal(expected.shape, std::span(t.shape).first(static_cast<std::size_t>(rank)),
-                                                              [](std::int64_t want, std::int64_t is) { return want < 0 ? is >= 0 : want == is; });
+  const bool shape_fits =
+      t.rank == rank &&
+      std::ranges::equal(expected.shape, std::span(t.shape).first(static_cast<std::size_t>(rank)),
+                         [](std::int64_t want, std::int64_t is) { return want < 0 ? is >= 0 : want == is; });
   if (t.dtype != expected.dtype || !shape_fits) refuse(a, describe(t), wanted());
   if (std::ranges::find(t.shape.begin(), t.shape.begin() + rank, 0) != t.shape.begin() + rank) return;  // nothing in it
   if (t.data == nullptr) refuse(a, "a null pointer", "a pointer to " + wanted());
@@ -236,7 +252,8 @@ void check_tensor(const ConstTensor& t, const Expected& expected) {
   std::int64_t extent = 1;  // elements spanned by the dimensions so far
   for (const int dim : order) {
     if (t.stride[dim] < extent) {
-      refuse(a + ".stride[" + std::to_string(dim) + "]", t.stride[dim], "at least " + std::to_string(extent) + ", so that no two elements share a place");
+      refuse(a + ".stride[" + std::to_string(dim) + "]", t.stride[dim],
+             "at least " + std::to_string(extent) + ", so that no two elements share a place");
     }
     extent += (t.shape[dim] - 1) * t.stride[dim];
   }
@@ -272,7 +289,8 @@ void check_no_overlap(std::span<const Region> outputs, std::span<const Region> i
 
 void check_workspace(Workspace workspace, std::size_t needed) {
   if (workspace.size() < needed) {
-    refuse("workspace", std::to_string(workspace.size()) + " bytes", "at least plan.workspace_bytes(), " + std::to_string(needed));
+    refuse("workspace", std::to_string(workspace.size()) + " bytes",
+           "at least plan.workspace_bytes(), " + std::to_string(needed));
   }
   if (workspace.data() == nullptr && needed > 0) refuse("workspace", "a null pointer", "a pointer");
 }
@@ -296,7 +314,8 @@ void check_ids(const Call& call, const Selection& selection) {
   const ConstTensor ids = selection.ids;
   const std::int64_t tokens = call.plan.problem.total_q, heads = ids.shape[1], slots = call.plan.slots;
   const auto row_of = [&](std::int64_t token, std::int64_t head) {
-    return std::span(static_cast<const std::int32_t*>(ids.data) + token * ids.stride[0] + head * ids.stride[1], static_cast<std::size_t>(slots));
+    return std::span(static_cast<const std::int32_t*>(ids.data) + token * ids.stride[0] + head * ids.stride[1],
+                     static_cast<std::size_t>(slots));
   };
   const auto good = [&](std::span<const std::int32_t> row, std::int64_t blocks) {
     std::int64_t last = -1;
@@ -307,7 +326,8 @@ void check_ids(const Call& call, const Selection& selection) {
     return std::all_of(id, row.end(), [](std::int32_t rest) { return rest == -1; });
   };
   const auto sequence_of = [&](std::int64_t token) {
-    return std::ranges::partition_point(call.sequences, [&](const Sequence& s) { return s.q_begin + s.q_len <= token; });
+    return std::ranges::partition_point(call.sequences,
+                                        [&](const Sequence& s) { return s.q_begin + s.q_len <= token; });
   };
   BadList bad;
   parallel_for(call.plan.threads, (tokens + kStep - 1) / kStep, [&](std::int64_t task, int) {
@@ -323,8 +343,10 @@ void check_ids(const Call& call, const Selection& selection) {
   const std::int64_t token = bad.first / heads, head = bad.first % heads;
   std::string text;
   const auto row = row_of(token, head);
-  for (std::size_t i = 0; i < std::min<std::size_t>(row.size(), 16); ++i) text += (i > 0 ? ", " : "") + std::to_string(row[i]);
-  refuse("selection.ids[" + std::to_string(token) + ", " + std::to_string(head) + "]", text + (slots > 16 ? ", ..." : ""),
+  for (std::size_t i = 0; i < std::min<std::size_t>(row.size(), 16); ++i)
+    text += (i > 0 ? ", " : "") + std::to_string(row[i]);
+  refuse("selection.ids[" + std::to_string(token) + ", " + std::to_string(head) + "]",
+         text + (slots > 16 ? ", ..." : ""),
          "ascending block ids below " + std::to_string(sequence_of(token)->blocks) + ", then -1");
 }
 
@@ -332,7 +354,8 @@ void check_transpose(const Call& call, const Selection& selection) {
   const std::int64_t* offsets = static_cast<const std::int64_t*>(selection.offsets.data);
   const std::int32_t* rows = static_cast<const std::int32_t*>(selection.rows.data);
   const std::int64_t lists = selection.offsets.shape[0] - 1, group = call.plan.group;
-  const std::string allowed = "what index() writes: ascending from 0 to at most " + std::to_string(selection.rows.shape[0]);
+  const std::string allowed =
+      "what index() writes: ascending from 0 to at most " + std::to_string(selection.rows.shape[0]);
   if (offsets[0] != 0) refuse("selection.offsets[0]", offsets[0], allowed);
   for (std::int64_t list = 0; list < lists; ++list) {
     if (offsets[list + 1] < offsets[list] || offsets[list + 1] > selection.rows.shape[0]) {
@@ -343,8 +366,10 @@ void check_transpose(const Call& call, const Selection& selection) {
   parallel_for(call.plan.threads, lists, [&](std::int64_t list, int) {
     const std::int64_t begin = offsets[list], end = offsets[list + 1], block = list % call.plan.max_blocks;
     if (begin == end) return;
-    const auto s = std::ranges::partition_point(call.sequences, [&](const Sequence& q) { return q.block_begin + q.blocks <= block; });
-    if (s == call.sequences.end() || rows[begin] < s->q_begin * group || rows[end - 1] >= (s->q_begin + s->q_len) * group ||
+    const auto s = std::ranges::partition_point(call.sequences,
+                                                [&](const Sequence& q) { return q.block_begin + q.blocks <= block; });
+    if (s == call.sequences.end() || rows[begin] < s->q_begin * group ||
+        rows[end - 1] >= (s->q_begin + s->q_len) * group ||
         std::adjacent_find(rows + begin, rows + end, std::greater_equal<>()) != rows + end) {
       bad.report(list);
     }

@@ -15,8 +15,8 @@ namespace moba {
 Problem checked(Problem problem, const Options& options);
 
 // cu_seqlens of one side of the batch, as numbers.
-std::vector<std::int64_t> checked_cu_seqlens(std::string_view argument, const ConstTensor& cu_seqlens, const Plan::Impl& plan,
-                                             std::int64_t total, std::int64_t longest);
+std::vector<std::int64_t> checked_cu_seqlens(std::string_view argument, const ConstTensor& cu_seqlens,
+                                             const Plan::Impl& plan, std::int64_t total, std::int64_t longest);
 
 // The same of the caller's numbers.
 void check_cu_seqlens(std::string_view argument, std::span<const std::int64_t> cu_seqlens, std::int64_t batch,
@@ -27,7 +27,7 @@ struct Expected {
   std::string_view argument;
   DType dtype;
   std::initializer_list<std::int64_t> shape;
-  bool output = false;       // strides must not map two elements to one place
+  bool output = false;  // strides must not map two elements to one place
   bool last_stride_1 = true;
 };
 void check_tensor(const ConstTensor& tensor, const Expected& expected);

@@ -10,9 +10,9 @@
 
 namespace moba {
 
-// Calls f(i, slot) once for each i in [0, n), on at most `threads` threads. Items are handed out in ascending order, one
-// at a time; `slot` in [0, threads) is held by one thread at a time, for scratch memory. f must not throw.
-// An arena of its own keeps the call within its limit and apart from whatever else the process runs on oneTBB.
+// Calls f(i, slot) once for each i in [0, n), on at most `threads` threads. Items are handed out in ascending order,
+// one at a time; `slot` in [0, threads) is held by one thread at a time, for scratch memory. f must not throw. An arena
+// of its own keeps the call within its limit and apart from whatever else the process runs on oneTBB.
 template <class F>
 void parallel_for(int threads, std::int64_t n, F&& f) {
   const int workers = static_cast<int>(std::min<std::int64_t>(threads, n));

@@ -19,7 +19,9 @@ std::int64_t ceil_div(std::int64_t n, std::int64_t by) { return n / by + (n % by
 
 std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-std::size_t bytes_of(DType dtype, std::int64_t count) { return aligned(size_in_bytes(dtype) * static_cast<std::size_t>(count)); }
+std::size_t bytes_of(DType dtype, std::int64_t count) {
+  return aligned(size_in_bytes(dtype) * static_cast<std::size_t>(count));
+}
 
 int default_threads() { return oneapi::tbb::info::default_concurrency(); }
 
@@ -99,7 +101,8 @@ std::size_t Plan::selection_bytes(bool shared) const {
   const Problem& p = impl_->problem;
   const std::int64_t heads = shared ? p.kv_heads : p.q_heads;
   return bytes_of(DType::i32, p.total_q * heads * impl_->slots) + bytes_of(DType::i32, p.total_q * heads) +
-         bytes_of(DType::i64, p.kv_heads * impl_->max_blocks + 1) + bytes_of(DType::i32, p.total_q * p.q_heads * impl_->slots);
+         bytes_of(DType::i64, p.kv_heads * impl_->max_blocks + 1) +
+         bytes_of(DType::i32, p.total_q * p.q_heads * impl_->slots);
 }
 
 std::string Plan::kernels() const {
@@ -109,7 +112,8 @@ std::string Plan::kernels() const {
          (impl_->threads == 1 ? " thread" : " threads");
 }
 
-Arithmetic Plan::arithmetic(const std::vector<std::int64_t>& cu_seqlens_q, const std::vector<std::int64_t>& cu_seqlens_k) const {
+Arithmetic Plan::arithmetic(const std::vector<std::int64_t>& cu_seqlens_q,
+                            const std::vector<std::int64_t>& cu_seqlens_k) const {
   const Problem& p = impl_->problem;
   check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, p.batch, p.total_q, p.max_seqlen_q);
   check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, p.batch, p.total_k, p.max_seqlen_k);

@@ -6,19 +6,26 @@ namespace moba {
 
 const char* name(DType dtype) {
   switch (dtype) {
-    case DType::f32: return "f32";
-    case DType::f16: return "f16";
-    case DType::bf16: return "bf16";
-    case DType::i32: return "i32";
-    case DType::i64: return "i64";
+    case DType::f32:
+      return "f32";
+    case DType::f16:
+      return "f16";
+    case DType::bf16:
+      return "bf16";
+    case DType::i32:
+      return "i32";
+    case DType::i64:
+      return "i64";
   }
   return "unknown";
 }
 
 const char* name(Device device) {
   switch (device) {
-    case Device::cpu: return "cpu";
-    case Device::cuda: return "cuda";
+    case Device::cpu:
+      return "cpu";
+    case Device::cuda:
+      return "cuda";
   }
   return "unknown";
 }
@@ -26,10 +33,13 @@ const char* name(Device device) {
 std::size_t size_in_bytes(DType dtype) {
   switch (dtype) {
     case DType::f16:
-    case DType::bf16: return 2;
+    case DType::bf16:
+      return 2;
     case DType::f32:
-    case DType::i32: return 4;
-    case DType::i64: return 8;
+    case DType::i32:
+      return 4;
+    case DType::i64:
+      return 8;
   }
   throw Error("dtype: " + std::to_string(static_cast<int>(dtype)) + " is none of moba::DType");
 }
@@ -38,7 +48,8 @@ template <class Void>
 BasicTensor<Void>::BasicTensor(Void* pointer, DType type, std::initializer_list<std::int64_t> dims)
     : data(pointer), dtype(type), rank(static_cast<int>(dims.size())) {
   if (dims.size() > kMaxRank) {
-    throw Error("tensor: rank is " + std::to_string(dims.size()) + "; at most " + std::to_string(kMaxRank) + " is allowed");
+    throw Error("tensor: rank is " + std::to_string(dims.size()) + "; at most " + std::to_string(kMaxRank) +
+                " is allowed");
   }
   int i = 0;
   for (const std::int64_t dim : dims) shape[i++] = dim;

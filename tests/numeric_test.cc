@@ -1,5 +1,6 @@
 // The 16-bit formats: every pattern widened, every rounding boundary narrowed, in numeric.h and in the vector code of
 // every target of the cpu.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>

@@ -1,4 +1,5 @@
 // pool: centroids are the reference's to the bit, and the mean of the keys.
+#include <algorithm>
 #include <cmath>
 
 #include "support.h"

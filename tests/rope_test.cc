@@ -1,4 +1,5 @@
 // rope: the cpu gives the reference's bits, and the reference what docs/spec.md section 3 says.
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 

@@ -71,8 +71,8 @@ class Array {
   float get(std::int64_t i, std::int64_t j = 0, std::int64_t l = 0) const;
   void set(std::int64_t i, std::int64_t j, std::int64_t l, float value);
 
-  // Elements = amplitude * uniform noise.
-  void fill(std::uint64_t seed, float amplitude = 1.0f);
+  // Elements = mean + amplitude * uniform noise.
+  void fill(std::uint64_t seed, float amplitude = 1.0f, float mean = 0.0f);
   // Elements are whole numbers from -most to most: their sums and products are exact in float32.
   void fill_integers(std::uint64_t seed, std::int64_t most);
   void fill_value(float value);

@@ -1,6 +1,7 @@
 #include "selection_svg.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "text.h"
@@ -8,10 +9,10 @@
 namespace moba::cli {
 namespace {
 
-constexpr int kLevels = 10;     // of darkness
-constexpr int kMargin = 24;     // around everything
-constexpr int kTitleLine = 18;  // where the title stands, and how far apart the lines below it are
-constexpr int kLine = 20;
+constexpr int kLevels = 10;       // of darkness
+constexpr int kMargin = 24;       // around everything
+constexpr int kTitleLine = 18;    // down to the foot of the title
+constexpr int kLine = 20;         // from one line below it to the next
 constexpr int kLegend = 44;       // the legend, and the space below it
 constexpr int kAxis = 44;         // left of the panels, for numbers and their name
 constexpr int kFooter = 40;       // below the panels, for the same
@@ -32,24 +33,22 @@ text{font-family:system-ui,-apple-system,"Segoe UI","DejaVu Sans",sans-serif;fon
 std::string xml(const std::string& text) {
   std::string result;
   for (const char c : text) {
-    switch (c) {
-      case '&':
-        result += "&amp;";
-        break;
-      case '<':
-        result += "&lt;";
-        break;
-      case '>':
-        result += "&gt;";
-        break;
-      case '"':
-        result += "&quot;";
-        break;
-      default:
-        result += c >= 0x20 && c < 0x7f ? c : '?';
+    if (c == '&' || c == '<' || c == '>' || c == '"') {
+      result += "&#" + std::to_string(int{c}) + ";";
+    } else {
+      result += c >= 0x20 && c < 0x7f ? c : '?';
     }
   }
   return result;
+}
+
+enum class Anchor { start, middle, end };
+
+// A line of text; `kind` is one of the classes of the style.
+std::string label(const char* kind, int x, int y, const std::string& text, Anchor anchor = Anchor::start) {
+  static constexpr std::array kAnchors{"", " text-anchor=\"middle\"", " text-anchor=\"end\""};
+  return format("<text class=\"%s\" x=\"%d\" y=\"%d\"%s>", kind, x, y, kAnchors[static_cast<std::size_t>(anchor)]) +
+         xml(text) + "</text>\n";
 }
 
 std::string percent(double share) { return format("%.1f %%", 100.0 * share); }
@@ -58,8 +57,8 @@ double opacity(int level) { return 0.1 + 0.9 * (level - 1) / (kLevels - 1); }
 
 // Sizes in pixels. Cells are whole pixels, so that their edges are sharp.
 struct Layout {
-  Layout(const SelectionMap& map, std::size_t lines)
-      : header(kTitleLine + kLine * static_cast<int>(lines + 1) + kLegend) {
+  Layout(const SelectionMap& map, std::size_t lines_below_title)
+      : header(kTitleLine + kLine * static_cast<int>(lines_below_title + 1) + kLegend) {
     const auto heads = static_cast<int>(map.shares.size());
     across = std::max(1, std::min(heads, static_cast<int>(std::ceil(std::sqrt(heads)))));
     down = std::max(1, (heads + across - 1) / across);
@@ -99,16 +98,16 @@ std::string legend(int x, int y, std::int64_t blocks_per_cell) {
     svg += format("<rect class=\"swatch\" fill-opacity=\"%.2f\" x=\"%d\" y=\"%d\" width=\"%d\" height=\"14\"/>\n",
                   opacity(level), left, y, kSwatch);
     if (level == 1 || level == kLevels / 2 || level == kLevels) {
-      svg += format("<text class=\"tick\" x=\"%d\" y=\"%d\" text-anchor=\"middle\">%d %%</text>\n", left + kSwatch / 2,
-                    y + 28, percent_of(level, blocks_per_cell));
+      const std::string most = std::to_string(percent_of(level, blocks_per_cell)) + " %";
+      svg += label("tick", left + kSwatch / 2, y + 28, most, Anchor::middle);
     }
   }
-  const std::string side = std::to_string(blocks_per_cell);
-  const std::string meaning = blocks_per_cell == 1 ? std::string("of the queries of a block chose the key block")
-                                                   : "of the (query, key block) pairs of a cell, " + side + " x " +
-                                                         side + " blocks, were chosen";
-  return svg + format("<text class=\"soft\" x=\"%d\" y=\"%d\">%s</text>\n", x + 12 + kLevels * kSwatch, y + 12,
-                      meaning.c_str());
+  std::string meaning = "of the queries of a block chose the key block";
+  if (blocks_per_cell > 1) {
+    const std::string side = std::to_string(blocks_per_cell);
+    meaning = "of the (query, key block) pairs of a cell, " + side + " x " + side + " blocks, were chosen";
+  }
+  return svg + label("soft", x + 12 + kLevels * kSwatch, y + 12, meaning);
 }
 
 // The cells that causality leaves, shared by all panels.
@@ -116,7 +115,7 @@ std::string reach_path(const SelectionMap& map, bool causal) {
   std::string path = "M0 0";
   for (std::int64_t row = 0; row < map.rows; ++row) {
     const std::int64_t end = causal ? std::min(map.columns, map.first_row + row + 1) : map.columns;
-    path += "H" + std::to_string(end) + "V" + std::to_string(row + 1);
+    path.append("H").append(std::to_string(end)).append("V").append(std::to_string(row + 1));
   }
   return path + "H0Z";
 }
@@ -132,9 +131,9 @@ std::string cell_paths(const SelectionMap& map, std::size_t head) {
       const int level = level_at(row, column);
       for (end = column + 1; end < map.columns && level_at(row, end) == level;) ++end;
       if (level == 0) continue;
-      paths[static_cast<std::size_t>(level)] +=
-          format("M%lld %lldh%lld", static_cast<long long>(column), static_cast<long long>(row),
-                 static_cast<long long>(end - column));
+      std::string& path = paths[static_cast<std::size_t>(level)];
+      path.append("M").append(std::to_string(column)).append(" ").append(std::to_string(row));
+      path.append("h").append(std::to_string(end - column));
     }
   }
   std::string svg;
@@ -150,10 +149,9 @@ std::string panel(const SelectionMap& map, const Layout& layout, std::size_t hea
   std::string svg = format("<g transform=\"translate(%d %d)\">\n", layout.left(number), layout.top(number));
   svg += format("<title>head %d: %s of the dense attention mass kept, at the least %s in a row</title>\n", number,
                 percent(mass.mean).c_str(), percent(mass.min).c_str());
-  svg += format("<text class=\"head\" x=\"0\" y=\"-8\">head %d</text>\n", number);
-  const bool wide = layout.panel_width >= 150;
-  svg += format("<text class=\"soft\" x=\"%d\" y=\"-8\" text-anchor=\"end\">%s%s</text>\n", layout.panel_width,
-                percent(mass.mean).c_str(), wide ? " kept" : "");
+  svg += label("head", 0, -8, "head " + std::to_string(number));
+  const char* const kept = layout.panel_width >= 150 ? " kept" : "";  // where there is room
+  svg += label("soft", layout.panel_width, -8, percent(mass.mean) + kept, Anchor::end);
   svg += format("<rect class=\"panel\" x=\"-.5\" y=\"-.5\" width=\"%d\" height=\"%d\"/>\n", layout.panel_width + 1,
                 layout.panel_height + 1);
   svg += format("<g transform=\"scale(%d %d)\" shape-rendering=\"crispEdges\"><use href=\"#reach\"/>\n",
@@ -162,34 +160,32 @@ std::string panel(const SelectionMap& map, const Layout& layout, std::size_t hea
   return svg;
 }
 
-// Block numbers and the names of the axes, once per row and per column of panels.
+// Left of the first panel of each row: numbers and name of the query blocks.
+std::string query_axis(const SelectionMap& map, const Layout& layout, int head) {
+  const int left = layout.left(head), top = layout.top(head), bottom = top + layout.panel_height;
+  const std::int64_t first = map.first_row * map.blocks_per_cell, last = map.blocks - 1;
+  std::string svg = label("tick", left - 6, bottom - 1, std::to_string(last), Anchor::end);
+  if (map.rows > 1) svg += label("tick", left - 6, top + 10, std::to_string(first), Anchor::end);
+  if (layout.panel_height < 90) return svg;  // no room for the name
+  return svg + format("<g transform=\"translate(%d %d) rotate(-90)\">", left - 26, (top + bottom) / 2) +
+         label("soft", 0, 0, "query block", Anchor::middle) + "</g>\n";
+}
+
+// Below the last panel of each column: numbers and name of the key blocks.
+std::string key_axis(const SelectionMap& map, const Layout& layout, int head) {
+  const int left = layout.left(head), right = left + layout.panel_width;
+  const int y = layout.top(head) + layout.panel_height + 16;
+  std::string svg = label("tick", left, y, "0") + label("soft", (left + right) / 2, y, "key block", Anchor::middle);
+  if (map.columns > 1) svg += label("tick", right, y, std::to_string(map.blocks - 1), Anchor::end);
+  return svg;
+}
+
 std::string axes(const SelectionMap& map, const Layout& layout) {
   const auto heads = static_cast<int>(map.shares.size());
-  const std::int64_t first = map.first_row * map.blocks_per_cell, last = map.blocks - 1;
   std::string svg;
   for (int head = 0; head < heads; ++head) {
-    const int left = layout.left(head), top = layout.top(head), bottom = top + layout.panel_height;
-    if (head % layout.across == 0) {
-      if (map.rows > 1)
-        svg += format("<text class=\"tick\" x=\"%d\" y=\"%d\" text-anchor=\"end\">%lld</text>\n", left - 6, top + 10,
-                      static_cast<long long>(first));
-      svg += format("<text class=\"tick\" x=\"%d\" y=\"%d\" text-anchor=\"end\">%lld</text>\n", left - 6, bottom - 1,
-                    static_cast<long long>(last));
-      if (layout.panel_height >= 90) {
-        svg += format(
-            "<text class=\"soft\" transform=\"translate(%d %d) rotate(-90)\" text-anchor=\"middle\">query "
-            "block</text>\n",
-            left - 26, (top + bottom) / 2);
-      }
-    }
-    if (head + layout.across >= heads) {
-      svg += format("<text class=\"tick\" x=\"%d\" y=\"%d\">0</text>\n", left, bottom + 15);
-      svg += format("<text class=\"soft\" x=\"%d\" y=\"%d\" text-anchor=\"middle\">key block</text>\n",
-                    left + layout.panel_width / 2, bottom + 17);
-      if (map.columns > 1)
-        svg += format("<text class=\"tick\" x=\"%d\" y=\"%d\" text-anchor=\"end\">%lld</text>\n",
-                      left + layout.panel_width, bottom + 15, static_cast<long long>(last));
-    }
+    if (head % layout.across == 0) svg += query_axis(map, layout, head);
+    if (head + layout.across >= heads) svg += key_axis(map, layout, head);
   }
   return svg;
 }
@@ -212,18 +208,12 @@ std::string draw_selection(const SelectionMap& map, const std::vector<KeptMass>&
   svg += kStyle;
   svg += "<defs><path id=\"reach\" class=\"reach\" d=\"" + reach_path(map, text.causal) + "\"/></defs>\n";
   svg += "<rect class=\"page\" width=\"100%\" height=\"100%\"/>\n";
-  svg +=
-      format("<text class=\"title\" x=\"%d\" y=\"%d\">", kMargin, kMargin + kTitleLine) + xml(text.title) + "</text>\n";
+  svg += label("title", kMargin, kMargin + kTitleLine, text.title);
   int y = kMargin + kTitleLine + 4;
-  for (const std::string& line : text.lines) {
-    y += kLine;
-    svg += format("<text class=\"soft\" x=\"%d\" y=\"%d\">", kMargin, y) + xml(line) + "</text>\n";
-  }
+  for (const std::string& line : text.lines) svg += label("soft", kMargin, y += kLine, line);
   svg += legend(kMargin, y + kLine / 2, map.blocks_per_cell);
   svg += axes(map, layout);
-  if (map.shares.empty()) {
-    svg += format("<text x=\"%d\" y=\"%d\">No query of this sequence has a key.</text>\n", kMargin, layout.top(0));
-  }
+  if (map.shares.empty()) svg += label("soft", kMargin, layout.top(0), "No query of this sequence has a key.");
   for (std::size_t head = 0; head < map.shares.size(); ++head) svg += panel(map, layout, head, mass[head]);
   return svg + "</svg>\n";
 }

@@ -1,8 +1,8 @@
 // The operator and its stages. Every function takes a Plan (shapes, memory, kernels) and views of the caller's memory;
 // none keeps a pointer after it returns. All throw moba::Error before anything is written when an argument is refused.
 //
-// Shapes: Tq, Tk tokens of the packed batch, Hq query heads, Hk key heads, g = Hq / Hk, d head dim. docs/spec.md defines
-// the computation; arXiv 2502.13189 is where it comes from.
+// Shapes: Tq, Tk tokens of the packed batch, Hq query heads, Hk key heads, g = Hq / Hk, d head dim. docs/spec.md
+// defines the computation; arXiv 2502.13189 is where it comes from.
 #pragma once
 
 #include <cstddef>
@@ -21,8 +21,8 @@ struct Inputs {
   ConstTensor cu_seqlens_q, cu_seqlens_k;
 };
 
-// out [Tq, Hq, d] of the plan's dtype. lse f32 [Hq, Tq], natural logarithm of the sum of exp(scale * q . k); may be left
-// out. A row with no key: out = 0, lse = -inf.
+// out [Tq, Hq, d] of the plan's dtype. lse f32 [Hq, Tq], natural logarithm of the sum of exp(scale * q . k); may be
+// left out. A row with no key: out = 0, lse = -inf.
 struct Outputs {
   Tensor out;
   Tensor lse;
@@ -31,10 +31,10 @@ struct Outputs {
 // Which blocks each row attends to, and the transpose of that. Blocks are numbered from 0 in each sequence; in the
 // transpose they are numbered through the batch, sequence after sequence.
 struct Selection {
-  Tensor ids;     // i32 [Tq, Hs, slots], ascending, then -1; Hs = Hq, or Hk: shared by the g heads of a key head
-  Tensor counts;  // i32 [Tq, Hs], ids that are not -1
-  Tensor offsets; // i64 [Hk * max_blocks + 1]; rows of (key head h, block b) stand at offsets[h * max_blocks + b] ...
-  Tensor rows;    // i32 [Tq * Hq * slots], token * g + head within the group, ascending for each (key head, block)
+  Tensor ids;      // i32 [Tq, Hs, slots], ascending, then -1; Hs = Hq, or Hk: shared by the g heads of a key head
+  Tensor counts;   // i32 [Tq, Hs], ids that are not -1
+  Tensor offsets;  // i64 [Hk * max_blocks + 1]; rows of (key head h, block b) stand at offsets[h * max_blocks + b] ...
+  Tensor rows;     // i32 [Tq * Hq * slots], token * g + head within the group, ascending for each (key head, block)
 };
 
 // Scratch memory of at least plan.workspace_bytes(), any alignment; no content is expected or kept.
@@ -49,12 +49,13 @@ struct Stream {
 MOBA_EXPORT void forward(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace,
                          Stream stream = {});
 
-// Full attention over the same inputs, with the same rope, mask and scale: what MoBA is compared with, and what it equals
-// when top_k covers every block.
+// Full attention over the same inputs, with the same rope, mask and scale: what MoBA is compared with, and what it
+// equals when top_k covers every block.
 MOBA_EXPORT void dense(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace,
                        Stream stream = {});
 
-// Views into `memory` (at least plan.selection_bytes(shared) bytes, 8-byte aligned) with the shapes that the plan wants.
+// Views into `memory` (at least plan.selection_bytes(shared) bytes, 8-byte aligned) with the shapes that the plan
+// wants.
 MOBA_EXPORT Selection make_selection(const Plan& plan, std::span<std::byte> memory, bool shared = false);
 
 // ---- The stages. They take q and k as they are: call rope first where positions are to be rotated in. ----
@@ -87,8 +88,9 @@ MOBA_EXPORT void select(const Plan& plan, const Inputs& inputs, const Selection&
 MOBA_EXPORT void attend(const Plan& plan, const Inputs& inputs, const Selection& selection, const Outputs& outputs,
                         Workspace workspace, Stream stream = {});
 
-// merge: attention over the union of disjoint key sets, from the results over each: out = sum of exp(lse_i - lse) out_i,
-// added up in the order given. Each partial has the shapes of Outputs, lse included. Partials may not overlap outputs.
+// merge: attention over the union of disjoint key sets, from the results over each: out = sum of exp(lse_i - lse)
+// out_i, added up in the order given. Each partial has the shapes of Outputs, lse included. Partials may not overlap
+// outputs.
 MOBA_EXPORT void merge(const Plan& plan, std::span<const Outputs> partials, const Outputs& outputs, Stream stream = {});
 
 }  // namespace moba

@@ -11,7 +11,8 @@ namespace moba {
 // "0.1.0"
 MOBA_EXPORT const char* version();
 
-// Instruction sets of the cpu backend that this build holds and this machine can run, best first: "AVX3", "AVX2", "SSE4",
+// Instruction sets of the cpu backend that this build holds and this machine can run, best first: "AVX3", "AVX2",
+// "SSE4",
 // ... Any of them may be forced through Options::cpu_target.
 MOBA_EXPORT std::vector<std::string> cpu_targets();
 

@@ -30,13 +30,13 @@ enum class Bf16Products : std::uint8_t {
 
 // The shapes of a call. Tensors of a call must match them exactly.
 struct Problem {
-  DType dtype = DType::f32;     // of q, k, v, out: f32, f16 or bf16
-  std::int64_t q_heads = 1;     // Hq, a multiple of kv_heads
-  std::int64_t kv_heads = 1;    // Hk >= 1
-  std::int64_t head_dim = 128;  // d, 8 to 256
-  std::int64_t batch = 1;       // sequences packed into one call, >= 0
-  std::int64_t total_q = 0;     // Tq, query tokens of the batch
-  std::int64_t total_k = 0;     // Tk, key tokens of the batch
+  DType dtype = DType::f32;       // of q, k, v, out: f32, f16 or bf16
+  std::int64_t q_heads = 1;       // Hq, a multiple of kv_heads
+  std::int64_t kv_heads = 1;      // Hk >= 1
+  std::int64_t head_dim = 128;    // d, 8 to 256
+  std::int64_t batch = 1;         // sequences packed into one call, >= 0
+  std::int64_t total_q = 0;       // Tq, query tokens of the batch
+  std::int64_t total_k = 0;       // Tk, key tokens of the batch
   std::int64_t max_seqlen_q = 0;  // longest sequence allowed; 0 means the total
   std::int64_t max_seqlen_k = 0;
   Config config;
@@ -54,10 +54,10 @@ struct Options {
 // Floating point operations (a multiply-add counts two) of one call, from the given sequence lengths.
 struct Arithmetic {
   double pool = 0;
-  double gate = 0;          // scores of the candidate blocks
-  double attend = 0;        // both products over the (query, key) pairs that MoBA keeps, when every row fills its k
-  double dense = 0;         // both products of full attention
-  double pairs = 0;         // (query, key) pairs that MoBA keeps, summed over the query heads
+  double gate = 0;    // scores of the candidate blocks
+  double attend = 0;  // both products over the (query, key) pairs that MoBA keeps, when every row fills its k
+  double dense = 0;   // both products of full attention
+  double pairs = 0;   // (query, key) pairs that MoBA keeps, summed over the query heads
 };
 
 class MOBA_EXPORT Plan {
@@ -87,7 +87,8 @@ class MOBA_EXPORT Plan {
   // The kernels chosen, for people: "cpu AVX3, float32 FMA, 2 threads".
   std::string kernels() const;
   // The arithmetic of a call. cu_seqlens hold batch + 1 ascending entries from 0 to the total.
-  Arithmetic arithmetic(const std::vector<std::int64_t>& cu_seqlens_q, const std::vector<std::int64_t>& cu_seqlens_k) const;
+  Arithmetic arithmetic(const std::vector<std::int64_t>& cu_seqlens_q,
+                        const std::vector<std::int64_t>& cu_seqlens_k) const;
   // The same for a batch of one sequence.
   Arithmetic arithmetic() const;
 

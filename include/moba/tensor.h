@@ -41,10 +41,15 @@ struct BasicTensor {
   BasicTensor(Void* pointer, DType type, std::initializer_list<std::int64_t> dims);
   // A mutable view passes wherever a read-only one is asked for.
   template <class Other>
-    requires(std::is_const_v<Void> && std::is_same_v<Other, std::remove_const_t<Void>>)
-  BasicTensor(const BasicTensor<Other>& other)
-      : data(other.data), dtype(other.dtype), device(other.device), device_index(other.device_index), rank(other.rank),
-        shape(other.shape), stride(other.stride) {}
+  requires(std::is_const_v<Void>&& std::is_same_v<Other, std::remove_const_t<Void>>)
+      BasicTensor(const BasicTensor<Other>& other)
+      : data(other.data),
+        dtype(other.dtype),
+        device(other.device),
+        device_index(other.device_index),
+        rank(other.rank),
+        shape(other.shape),
+        stride(other.stride) {}
 
   bool given() const { return rank != 0; }
 };

@@ -1,9 +1,9 @@
-// attend: key-major flash attention. A task is a chunk of query rows of one key head (the g heads of the group packed as
-// rows). It walks the blocks of each sequence in ascending order; the rows of the chunk that chose a block are gathered,
-// meet its keys and values, packed once for all of them, in tiles, and add to their running output: the merge by
-// log-sum-exp happens there, in the order of the blocks, so that no partial result is ever written out. (Partials of
-// every (row, block) would move 2 d floats a pair through memory, as long as the arithmetic takes: at 32K tokens, B = 128,
-// k = 8 that is 134 MB each way for a head of 128, against 16 MB of running outputs.)
+// attend: key-major flash attention. A task is a chunk of query rows of one key head (the g heads of the group packed
+// as rows). It walks the blocks of each sequence in ascending order; the rows of the chunk that chose a block are
+// gathered, meet its keys and values, packed once for all of them, in tiles, and add to their running output: the merge
+// by log-sum-exp happens there, in the order of the blocks, so that no partial result is ever written out. (Partials of
+// every (row, block) would move 2 d floats a pair through memory, as long as the arithmetic takes: at 32K tokens, B =
+// 128, k = 8 that is 134 MB each way for a head of 128, against 16 MB of running outputs.)
 //
 // A row's result is one chain of operations whatever rows stand beside it, so the cut into chunks and threads is free.
 #undef HWY_TARGET_INCLUDE
@@ -40,7 +40,8 @@ struct Keys {
 template <bool kPairs>
 class Chunk {
  public:
-  Chunk(const Call& call, std::int64_t kv_head, std::int64_t first_token, std::int64_t tokens, const AttendScratch& scratch)
+  Chunk(const Call& call, std::int64_t kv_head, std::int64_t first_token, std::int64_t tokens,
+        const AttendScratch& scratch)
       : call_(call),
         kv_head_(kv_head),
         group_(call.plan.group),
@@ -56,8 +57,8 @@ class Chunk {
     std::fill_n(s_.sum, rows_, 0.0f);
   }
 
-  // Attends `rows` (ids token * g + head in group, ascending, all of `sequence`) to some keys of it. `next` are the keys of
-  // the following call, if there are any.
+  // Attends `rows` (ids token * g + head in group, ascending, all of `sequence`) to some keys of it. `next` are the
+  // keys of the following call, if there are any.
   void attend(const Sequence& sequence, const Keys& keys, std::span<const std::int32_t> rows, const Keys& next) {
     for (std::int64_t tile = keys.first; tile < keys.first + keys.count; tile += kKeyTile) {
       const std::int64_t count = std::min(kKeyTile, keys.first + keys.count - tile);
@@ -66,7 +67,8 @@ class Chunk {
       rows = rows.subspan(static_cast<std::size_t>(blind - rows.begin()));
       if (rows.empty()) return;
       const std::int64_t left = keys.first + keys.count - (tile + count);
-      coming_ = left > 0 ? Keys{tile + count, std::min(kKeyTile, left)} : Keys{next.first, std::min(kKeyTile, next.count)};
+      coming_ =
+          left > 0 ? Keys{tile + count, std::min(kKeyTile, left)} : Keys{next.first, std::min(kKeyTile, next.count)};
       attend_tile(sequence, {tile, count}, rows);
     }
   }
@@ -124,8 +126,8 @@ class Chunk {
     return {head_row(t, 0, kv_head_), t.stride[0] * static_cast<std::int64_t>(size_in_bytes(t.dtype)), t.dtype, dim_};
   }
 
-  // One tile: at most kRowTile rows against the packed keys and values; row i sees the first seen[i] of them (ascending).
-  // `following` is the next tile.
+  // One tile: at most kRowTile rows against the packed keys and values; row i sees the first seen[i] of them
+  // (ascending). `following` is the next tile.
   void attend_rows(const Sequence& sequence, std::span<const std::int32_t> rows,
                    const std::array<std::int64_t, kRowTile>& seen, std::int64_t keys,
                    std::span<const std::int32_t> following) {
@@ -151,7 +153,8 @@ class Chunk {
                    NextRows(std::span(soon).first(following.size())));
   }
 
-  // What a tile needs after its scores: the outputs of its rows; and its share of the keys and values that are packed next.
+  // What a tile needs after its scores: the outputs of its rows; and its share of the keys and values that are packed
+  // next.
   std::span<const NextRow> outputs_and_keys(const Sequence& sequence, std::span<float* const> out,
                                             std::span<NextRow> soon) {
     std::size_t n = 0;
@@ -275,14 +278,15 @@ class Chunk {
   const float scale_;
   const AttendScratch& s_;
 
-  // The keys that are packed next, of the same sequence: how many rows of k and v, taken in turn, are asked for already,
-  // and how many each tile of rows asks for.
+  // The keys that are packed next, of the same sequence: how many rows of k and v, taken in turn, are asked for
+  // already, and how many each tile of rows asks for.
   Keys coming_;
   std::int64_t coming_row_ = 0, rows_per_tile_ = 0;
 };
 
 // The rows of `rows` that belong to row ids [begin, end).
-inline std::span<const std::int32_t> rows_between(std::span<const std::int32_t> rows, std::int64_t begin, std::int64_t end) {
+inline std::span<const std::int32_t> rows_between(std::span<const std::int32_t> rows, std::int64_t begin,
+                                                  std::int64_t end) {
   const auto first = std::ranges::lower_bound(rows, begin), last = std::ranges::lower_bound(first, rows.end(), end);
   return {first, last};
 }
@@ -292,7 +296,8 @@ void attend_selected(const Call& call, const Selection& selection, const Outputs
                      std::int64_t begin, std::int64_t end, const AttendScratch& scratch) {
   const std::int64_t group = call.plan.group, block_size = call.plan.problem.config.block_size;
   Chunk<kPairs> chunk(call, kv_head, begin, end - begin, scratch);
-  const std::int64_t* offsets = static_cast<const std::int64_t*>(selection.offsets.data) + kv_head * call.plan.max_blocks;
+  const std::int64_t* offsets =
+      static_cast<const std::int64_t*>(selection.offsets.data) + kv_head * call.plan.max_blocks;
   const std::int32_t* rows = static_cast<const std::int32_t*>(selection.rows.data);
   for_each_sequence(call.sequences, begin, end, [&](const Sequence& sequence, std::int64_t first, std::int64_t last) {
     Keys waiting;  // chosen, but not attended to before the next is known
@@ -319,7 +324,8 @@ void attend_all(const Call& call, const Outputs& outputs, std::int64_t kv_head, 
   Chunk<kPairs> chunk(call, kv_head, begin, end - begin, scratch);
   std::iota(scratch.row_ids, scratch.row_ids + (end - begin) * group, static_cast<std::int32_t>(begin * group));
   for_each_sequence(call.sequences, begin, end, [&](const Sequence& sequence, std::int64_t first, std::int64_t last) {
-    const std::span<const std::int32_t> rows(scratch.row_ids + (first - begin) * group, scratch.row_ids + (last - begin) * group);
+    const std::span<const std::int32_t> rows(scratch.row_ids + (first - begin) * group,
+                                             scratch.row_ids + (last - begin) * group);
     chunk.attend(sequence, {0, sequence.k_len}, rows, {});
   });
   chunk.finish(outputs);

@@ -13,8 +13,8 @@ namespace moba::cpu {
 // (measured: 164 against 330 GFLOP/s), so widening wins there.
 Bf16Support bf16_dot_support();
 
-// product-inl.h's Multiply for pairs: a [rows][depth] words, b packed in panels of 64 columns of words [b_depth][width],
-// depth and b_depth counted in words; c = a b, or with accumulate c = alpha c + a b.
+// product-inl.h's Multiply for pairs: a [rows][depth] words, b packed in panels of 64 columns of words
+// [b_depth][width], depth and b_depth counted in words; c = a b, or with accumulate c = alpha c + a b.
 void multiply_pairs(bool accumulate, const float* a, std::int64_t lda, std::int64_t rows, const float* b,
                     std::int64_t b_depth, std::int64_t columns, std::int64_t limit, std::int64_t depth, float* const* c,
                     const float* alpha, NextRows next);

@@ -1,5 +1,5 @@
-// gate: scores of a tile of query rows against all candidate centroids of their sequence, and the best of them, kept per
-// row in a short sorted list. The scores exist a tile at a time.
+// gate: scores of a tile of query rows against all candidate centroids of their sequence, and the best of them, kept
+// per row in a short sorted list. The scores exist a tile at a time.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/gate.cc"
 #include <hwy/foreach_target.h>  // must come before highway.h
@@ -49,9 +49,11 @@ HWY_INLINE std::int32_t ranked_lane(hn::Vec<I32> lanes, std::int64_t rank) {
   alignas(64) std::int32_t each[kLanes];
   hn::Store(lanes, di, each);
   auto greater = hn::Zero(di);
-  for (const std::int32_t lane : each) greater = hn::Sub(greater, hn::VecFromMask(di, hn::Gt(hn::Set(di, lane), lanes)));
+  for (const std::int32_t lane : each)
+    greater = hn::Sub(greater, hn::VecFromMask(di, hn::Gt(hn::Set(di, lane), lanes)));
   const auto ranked = hn::Lt(greater, hn::Set(di, static_cast<std::int32_t>(rank)));
-  return hn::GetLane(hn::MinOfLanes(di, hn::IfThenElse(ranked, lanes, hn::Set(di, std::numeric_limits<std::int32_t>::max()))));
+  return hn::GetLane(
+      hn::MinOfLanes(di, hn::IfThenElse(ranked, lanes, hn::Set(di, std::numeric_limits<std::int32_t>::max()))));
 }
 
 // The best `capacity` blocks of those offered so far, ascending. An entry is one integer, the ordered score above the
@@ -83,7 +85,8 @@ class BestBlocks {
   }
 
  private:
-  static std::int64_t collect(const float* ordered, std::int64_t first, std::int64_t n, std::int32_t bar, std::int64_t* to) {
+  static std::int64_t collect(const float* ordered, std::int64_t first, std::int64_t n, std::int32_t bar,
+                              std::int64_t* to) {
     const F32 df;
     const I32 di;
     std::int64_t found = 0;
@@ -156,7 +159,9 @@ class GateRows {
   }
 
  private:
-  std::int64_t position(std::int64_t row) const { return sequence_.first_position() + row / group_ - sequence_.q_begin; }
+  std::int64_t position(std::int64_t row) const {
+    return sequence_.first_position() + row / group_ - sequence_.q_begin;
+  }
   std::int64_t query_head(std::int64_t row) const { return kv_head_ * group_ + row % group_; }
   // Blocks that a query may choose freely: causal, those before its own.
   std::int64_t candidates(std::int64_t token) const {
@@ -207,8 +212,8 @@ class GateRows {
     }
     if (causal_ && position(row) >= 0) ids[count++] = static_cast<std::int32_t>(position(row) / block_size_);
     std::fill(ids + count, ids + call_.plan.slots, -1);
-    static_cast<std::int32_t*>(selection.counts.data)[token * selection.counts.stride[0] +
-                                                      query_head(row) * selection.counts.stride[1]] =
+    static_cast<std::int32_t*>(
+        selection.counts.data)[token * selection.counts.stride[0] + query_head(row) * selection.counts.stride[1]] =
         static_cast<std::int32_t>(count);
   }
 

@@ -70,9 +70,9 @@ void index(const Call& call, const Selection& selection) {
   parallel_for(call.plan.threads, chunks, [&](std::int64_t chunk, int) {
     std::int64_t* count = places + chunk * lists;
     std::fill_n(count, lists, 0);
-    for_each_choice(call, ids, chunk * step, chunk_end(chunk), [&](std::int64_t head, std::int64_t block, std::int32_t) {
-      ++count[head * call.plan.max_blocks + block];
-    });
+    for_each_choice(
+        call, ids, chunk * step, chunk_end(chunk),
+        [&](std::int64_t head, std::int64_t block, std::int32_t) { ++count[head * call.plan.max_blocks + block]; });
     write_counts(call, selection, chunk * step, chunk_end(chunk));
   });
 
@@ -89,9 +89,10 @@ void index(const Call& call, const Selection& selection) {
 
   parallel_for(call.plan.threads, chunks, [&](std::int64_t chunk, int) {
     std::int64_t* place = places + chunk * lists;
-    for_each_choice(call, ids, chunk * step, chunk_end(chunk), [&](std::int64_t head, std::int64_t block, std::int32_t row) {
-      rows[place[head * call.plan.max_blocks + block]++] = row;
-    });
+    for_each_choice(call, ids, chunk * step, chunk_end(chunk),
+                    [&](std::int64_t head, std::int64_t block, std::int32_t row) {
+                      rows[place[head * call.plan.max_blocks + block]++] = row;
+                    });
   });
 }
 

@@ -46,7 +46,9 @@ constexpr std::int64_t kKeyStep = kLanes < 4 ? 4 : kLanes;
 #define MOBA_VECTOR_F16 0
 #endif
 
-constexpr std::int64_t RoundUp(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr std::int64_t RoundUp(std::int64_t n, std::int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // The bits of `v` rounded to bfloat16 (nearest even) in the upper half of each lane; a NaN stays one.
 HWY_INLINE hn::Vec<U32> RoundToBf16(VF v) {

@@ -17,8 +17,8 @@ class NextRows {
   NextRows() = default;
   explicit NextRows(std::span<const NextRow> rows) : rows_(rows) {}
 
-  // Spreads the lines evenly over so many calls of step(): asked for all at once, they would wait for each other, and the
-  // arithmetic for them.
+  // Spreads the lines evenly over so many calls of step(): asked for all at once, they would wait for each other, and
+  // the arithmetic for them.
   void spread(std::int64_t steps) {
     std::int64_t lines = 0;
     for (const NextRow& row : rows_) lines += (row.bytes + kLine - 1) / kLine;

@@ -49,8 +49,10 @@ inline void Transpose4(const std::array<const float*, 4>& rows, std::int64_t wor
   for (; i + 4 <= words; i += 4) {
     const auto r0 = hn::LoadU(d4, rows[0] + i), r1 = hn::LoadU(d4, rows[1] + i);
     const auto r2 = hn::LoadU(d4, rows[2] + i), r3 = hn::LoadU(d4, rows[3] + i);
-    const auto a = hn::BitCast(d2, hn::InterleaveLower(d4, r0, r1)), b = hn::BitCast(d2, hn::InterleaveLower(d4, r2, r3));
-    const auto c = hn::BitCast(d2, hn::InterleaveUpper(d4, r0, r1)), d = hn::BitCast(d2, hn::InterleaveUpper(d4, r2, r3));
+    const auto a = hn::BitCast(d2, hn::InterleaveLower(d4, r0, r1)),
+               b = hn::BitCast(d2, hn::InterleaveLower(d4, r2, r3));
+    const auto c = hn::BitCast(d2, hn::InterleaveUpper(d4, r0, r1)),
+               d = hn::BitCast(d2, hn::InterleaveUpper(d4, r2, r3));
     hn::StoreU(hn::BitCast(d4, hn::InterleaveLower(d2, a, b)), d4, to + (i + 0) * width);
     hn::StoreU(hn::BitCast(d4, hn::InterleaveUpper(d2, a, b)), d4, to + (i + 1) * width);
     hn::StoreU(hn::BitCast(d4, hn::InterleaveLower(d2, c, d)), d4, to + (i + 2) * width);

@@ -17,7 +17,8 @@ namespace moba::cpu::HWY_NAMESPACE {
 
 inline void add(float* HWY_RESTRICT to, const float* HWY_RESTRICT from, std::int64_t n) {
   const F32 df;
-  for (std::int64_t i = 0; i < n; i += kLanes) hn::StoreU(hn::Add(hn::Load(df, to + i), hn::Load(df, from + i)), df, to + i);
+  for (std::int64_t i = 0; i < n; i += kLanes)
+    hn::StoreU(hn::Add(hn::Load(df, to + i), hn::Load(df, from + i)), df, to + i);
 }
 
 // Centroid of keys [begin, begin + keys) of one head: groups of 64 keys are summed, then the sums of the groups.
@@ -35,7 +36,8 @@ void PoolBlock(const ConstTensor& k, std::int64_t head, std::int64_t begin, std:
     if (first != 0) add(total, group, padded);
   }
   const VF length = hn::Set(F32(), static_cast<float>(keys));
-  for (std::int64_t i = 0; i < padded; i += kLanes) hn::Store(hn::Div(hn::Load(F32(), total + i), length), F32(), total + i);
+  for (std::int64_t i = 0; i < padded; i += kLanes)
+    hn::Store(hn::Div(hn::Load(F32(), total + i), length), F32(), total + i);
   Narrow(k.dtype, total, centroid, dim);
 }
 
@@ -49,12 +51,14 @@ HWY_EXPORT(PoolBlock);
 
 void pool(const Call& call, const Tensor& centroids) {
   const std::int64_t heads = call.plan.problem.kv_heads, block_size = call.plan.problem.config.block_size;
-  const std::int64_t blocks = call.sequences.empty() ? 0 : call.sequences.back().block_begin + call.sequences.back().blocks;
+  const std::int64_t blocks =
+      call.sequences.empty() ? 0 : call.sequences.back().block_begin + call.sequences.back().blocks;
   const std::int64_t per_task = ceil_div(4096, std::min<std::int64_t>(block_size, 4096));  // about 4096 keys
   const auto pool_block = MOBA_KERNEL(PoolBlock, call.plan.cpu_target);
   parallel_for(call.plan.threads, ceil_div(blocks, per_task), [&](std::int64_t task, int) {
     const std::int64_t first = task * per_task, last = std::min(blocks, first + per_task);
-    auto s = std::ranges::partition_point(call.sequences, [&](const Sequence& q) { return q.block_begin + q.blocks <= first; });
+    auto s = std::ranges::partition_point(call.sequences,
+                                          [&](const Sequence& q) { return q.block_begin + q.blocks <= first; });
     for (std::int64_t block = first; block < last; ++block) {
       while (s->block_begin + s->blocks <= block) ++s;
       const std::int64_t start = (block - s->block_begin) * block_size;

@@ -7,8 +7,8 @@
 // Only depth <= b_depth is summed, and only the panels that begin below column `limit` are computed.
 //
 // 6 rows x 4 vectors of accumulators fill 24 of 32 registers (6 x 2 of 16): rows come in by broadcast loads, and each
-// vector of b serves 6 rows. Every element of c is one chain of multiply-adds in ascending depth, whatever rows and columns
-// stand beside it: equal rows and columns give equal bits.
+// vector of b serves 6 rows. Every element of c is one chain of multiply-adds in ascending depth, whatever rows and
+// columns stand beside it: equal rows and columns give equal bits.
 #if defined(MOBA_CPU_PRODUCT_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MOBA_CPU_PRODUCT_INL_H_
 #undef MOBA_CPU_PRODUCT_INL_H_
@@ -92,12 +92,24 @@ void Multiply(const float* a, std::int64_t lda, std::int64_t rows, const float* 
       const float* from = a + i * lda;
       const float* factors = kAccumulate ? alpha + i : nullptr;
       switch (rows - i) {
-        case 1: MultiplyRows<kAccumulate, 1>(from, lda, panel, width, depth, c + i, column, factors, next); break;
-        case 2: MultiplyRows<kAccumulate, 2>(from, lda, panel, width, depth, c + i, column, factors, next); break;
-        case 3: MultiplyRows<kAccumulate, 3>(from, lda, panel, width, depth, c + i, column, factors, next); break;
-        case 4: MultiplyRows<kAccumulate, 4>(from, lda, panel, width, depth, c + i, column, factors, next); break;
-        case 5: MultiplyRows<kAccumulate, 5>(from, lda, panel, width, depth, c + i, column, factors, next); break;
-        default: MultiplyRows<kAccumulate, 6>(from, lda, panel, width, depth, c + i, column, factors, next); break;
+        case 1:
+          MultiplyRows<kAccumulate, 1>(from, lda, panel, width, depth, c + i, column, factors, next);
+          break;
+        case 2:
+          MultiplyRows<kAccumulate, 2>(from, lda, panel, width, depth, c + i, column, factors, next);
+          break;
+        case 3:
+          MultiplyRows<kAccumulate, 3>(from, lda, panel, width, depth, c + i, column, factors, next);
+          break;
+        case 4:
+          MultiplyRows<kAccumulate, 4>(from, lda, panel, width, depth, c + i, column, factors, next);
+          break;
+        case 5:
+          MultiplyRows<kAccumulate, 5>(from, lda, panel, width, depth, c + i, column, factors, next);
+          break;
+        default:
+          MultiplyRows<kAccumulate, 6>(from, lda, panel, width, depth, c + i, column, factors, next);
+          break;
       }
     }
   }

@@ -1,5 +1,5 @@
-// rope: rotates pairs of dimensions of q and k by position. Every element is computed in float64 from float32 operands, so
-// that no order of operations can change a bit, then rounded to float32 and to the dtype.
+// rope: rotates pairs of dimensions of q and k by position. Every element is computed in float64 from float32 operands,
+// so that no order of operations can change a bit, then rounded to float32 and to the dtype.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/rope.cc"
 #include <hwy/foreach_target.h>  // must come before highway.h

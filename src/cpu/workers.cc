@@ -11,9 +11,9 @@ namespace {
 constexpr std::int64_t padded(std::int64_t n) { return ceil_div(n, kMaxLanes) * kMaxLanes; }
 
 // Rows of one attend task. A task packs every block that one of its rows chose, which costs about as much as 10 rows of
-// arithmetic; so a task has enough rows that a block of a sequence of the longest length is chosen by 256 of them (measured
-// at 16K tokens: 4096 rows a task 114 GFLOP/s, 8192 117, 16384 120). Few enough, though, to give each thread three
-// tasks of nearly equal length.
+// arithmetic; so a task has enough rows that a block of a sequence of the longest length is chosen by 256 of them
+// (measured at 16K tokens: 4096 rows a task 114 GFLOP/s, 8192 117, 16384 120). Few enough, though, to give each thread
+// three tasks of nearly equal length.
 std::int64_t attend_rows(const Plan::Impl& plan) {
   const Problem& p = plan.problem;
   const std::int64_t blocks = ceil_div(p.max_seqlen_k, p.config.block_size);
@@ -37,7 +37,8 @@ AttendScratch::AttendScratch(Carver& carver, std::int64_t rows, std::int64_t hea
       pairs(carver.take<float>(kRowTile * kKeyTile / 2)) {}
 
 GateScratch::GateScratch(Carver& carver, const Plan::Impl& plan)
-    : centroids(carver.take<float>(plan.problem.head_dim * padded(ceil_div(plan.problem.max_seqlen_k, plan.problem.config.block_size)))),
+    : centroids(carver.take<float>(plan.problem.head_dim *
+                                   padded(ceil_div(plan.problem.max_seqlen_k, plan.problem.config.block_size)))),
       q(carver.take<float>(kRowTile * plan.problem.head_dim)),
       scores(carver.take<float>(kRowTile * kGateTile)),
       best(carver.take<std::int64_t>(kRowTile * plan.slots)),

@@ -39,8 +39,8 @@ inline std::byte* thread_scratch(const Call& call, int slot) {
 // The sequences that hold tokens of [begin, end), given where a sequence's tokens begin and how many they are:
 // f(sequence, first, last) with the tokens of each.
 template <class F>
-void for_each_overlap(std::span<const Sequence> sequences, std::int64_t Sequence::*start, std::int64_t Sequence::*length,
-                      std::int64_t begin, std::int64_t end, F&& f) {
+void for_each_overlap(std::span<const Sequence> sequences, std::int64_t Sequence::*start,
+                      std::int64_t Sequence::*length, std::int64_t begin, std::int64_t end, F&& f) {
   auto s = std::ranges::partition_point(sequences, [&](const Sequence& q) { return q.*start + q.*length <= begin; });
   for (; s != sequences.end() && (*s).*start < end; ++s) {
     const std::int64_t first = std::max(begin, (*s).*start), last = std::min(end, (*s).*start + (*s).*length);
@@ -69,9 +69,9 @@ inline std::byte* head_row(const Tensor& tensor, std::int64_t token, std::int64_
 
 // ---- Scratch of the steps, per thread. ----
 
-inline constexpr std::int64_t kKeyTile = 128;  // keys of one score tile
-inline constexpr std::int64_t kRowTile = 48;   // query rows of one score tile: a multiple of the product's 6
-inline constexpr std::int64_t kGateTile = 256;     // blocks scored at a time
+inline constexpr std::int64_t kKeyTile = 128;   // keys of one score tile
+inline constexpr std::int64_t kRowTile = 48;    // query rows of one score tile: a multiple of the product's 6
+inline constexpr std::int64_t kGateTile = 256;  // blocks scored at a time
 
 // attend and dense: `rows` query rows with their running output, maximum and sum, and one tile of everything else.
 struct AttendScratch {
@@ -85,11 +85,11 @@ struct AttendScratch {
 
 // gate: the packed centroids of one sequence and one tile of rows.
 struct GateScratch {
-  float* centroids;    // packed: [d][blocks]
-  float* q;            // [kRowTile][d]
-  float* scores;       // [kRowTile][kGateTile]
-  std::int64_t* best;  // [kRowTile][slots]
-  std::int64_t* spare; // [2][kGateTile + slots]
+  float* centroids;     // packed: [d][blocks]
+  float* q;             // [kRowTile][d]
+  float* scores;        // [kRowTile][kGateTile]
+  std::int64_t* best;   // [kRowTile][slots]
+  std::int64_t* spare;  // [2][kGateTile + slots]
 
   GateScratch(Carver& carver, const Plan::Impl& plan);
 };
