@@ -5,6 +5,10 @@ function(moba_target target)
   if(NOT MSVC)
     # No contraction: a product and a sum are fused only where the source says so, in every backend and on every machine.
     target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor -ffp-contract=off)
+    if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
+      # g++ 12 reports std::string's operator+ by mistake (GCC bug 105651).
+      target_compile_options(${target} PRIVATE -Wno-restrict)
+    endif()
     if(MOBA_WERROR)
       target_compile_options(${target} PRIVATE -Werror)
     endif()

@@ -1,6 +1,7 @@
 // The one way work is shared among threads.
 #pragma once
 
+#include <oneapi/tbb/global_control.h>
 #include <oneapi/tbb/parallel_for.h>
 #include <oneapi/tbb/task_arena.h>
 
@@ -15,7 +16,10 @@ namespace moba {
 // of its own keeps the call within its limit and apart from whatever else the process runs on oneTBB.
 template <class F>
 void parallel_for(int threads, std::int64_t n, F&& f) {
-  const int workers = static_cast<int>(std::min<std::int64_t>(threads, n));
+  // oneTBB warns on stderr about an arena larger than what the process allows it.
+  using Limit = oneapi::tbb::global_control;
+  const auto allowed = static_cast<std::int64_t>(Limit::active_value(Limit::max_allowed_parallelism));
+  const int workers = static_cast<int>(std::min({std::int64_t{threads}, n, allowed}));
   if (workers <= 1) {
     for (std::int64_t i = 0; i < n; ++i) f(i, 0);
     return;

@@ -3,6 +3,7 @@
 #include <oneapi/tbb/info.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "checks.h"
@@ -25,31 +26,38 @@ std::size_t bytes_of(DType dtype, std::int64_t count) {
 
 int default_threads() { return oneapi::tbb::info::default_concurrency(); }
 
-// Pairs (query, key) that one head attends to in one sequence, when every row fills its k (the own block is cut by the
-// causal mask; the other chosen blocks are whole).
-double pairs_kept(const Config& config, std::int64_t q_len, std::int64_t k_len) {
-  const std::int64_t b = config.block_size, blocks = ceil_div(k_len, b);
-  if (!config.causal) {
-    const double chosen = static_cast<double>(std::min(config.top_k, blocks));
-    return static_cast<double>(q_len) * std::min(chosen * static_cast<double>(b), static_cast<double>(k_len));
-  }
-  double pairs = 0;
-  for (std::int64_t position = std::max<std::int64_t>(0, k_len - q_len); position < k_len; ++position) {
-    const std::int64_t others = std::min(position / b, config.top_k - 1);
-    pairs += static_cast<double>(others * b + position % b + 1);
-  }
-  return pairs;
+// The sum of min(b, most) over b in [0, n).
+double sum_of_least(double n, double most) {
+  if (n <= most + 1) return n * (n - 1) / 2;
+  return most * (most + 1) / 2 + (n - 1 - most) * most;
 }
 
-// Scores that the gate computes for one head of one sequence: one per (query, candidate block).
-double scores_needed(const Config& config, std::int64_t q_len, std::int64_t k_len) {
-  const std::int64_t b = config.block_size;
-  if (!config.causal) return static_cast<double>(q_len) * static_cast<double>(ceil_div(k_len, b));
-  double scores = 0;
-  for (std::int64_t position = std::max<std::int64_t>(0, k_len - q_len); position < k_len; ++position) {
-    scores += static_cast<double>(position / b);
-  }
-  return scores;
+// The sum over causal rows at positions [0, n) of the keys that `others` past blocks at most and the own block hold.
+double causal_keys(double n, double block_size, double others) {
+  const double blocks = std::floor(n / block_size), rest = n - blocks * block_size;
+  return block_size * block_size * sum_of_least(blocks, others) + blocks * block_size * (block_size + 1) / 2 +
+         rest * block_size * std::min(blocks, others) + rest * (rest + 1) / 2;
+}
+
+// The sum over causal rows at positions [0, n) of their past blocks.
+double causal_candidates(double n, double block_size) {
+  const double blocks = std::floor(n / block_size);
+  return block_size * blocks * (blocks - 1) / 2 + (n - blocks * block_size) * blocks;
+}
+
+// Pairs (query, key) that one head attends to in one sequence, when every row fills its k (the own block is cut by the
+// causal mask; the other chosen blocks are whole).
+double pairs_kept(const Config& config, double q_len, double k_len) {
+  const double b = static_cast<double>(config.block_size), k = static_cast<double>(config.top_k);
+  if (!config.causal) return q_len * std::min(std::min(k, std::ceil(k_len / b)) * b, k_len);
+  return causal_keys(k_len, b, k - 1) - causal_keys(std::max(0.0, k_len - q_len), b, k - 1);
+}
+
+// Scores that the gate needs for one head of one sequence: one per (query, candidate block).
+double scores_needed(const Config& config, double q_len, double k_len) {
+  const double b = static_cast<double>(config.block_size);
+  if (!config.causal) return q_len * std::ceil(k_len / b);
+  return causal_candidates(k_len, b) - causal_candidates(std::max(0.0, k_len - q_len), b);
 }
 
 }  // namespace
@@ -122,10 +130,11 @@ Arithmetic Plan::arithmetic(const std::vector<std::int64_t>& cu_seqlens_q,
   full.top_k = std::numeric_limits<std::int64_t>::max();
   Arithmetic sum;
   for (std::size_t s = 0; s + 1 < cu_seqlens_q.size(); ++s) {
-    const std::int64_t q_len = cu_seqlens_q[s + 1] - cu_seqlens_q[s], k_len = cu_seqlens_k[s + 1] - cu_seqlens_k[s];
+    const auto q_len = static_cast<double>(cu_seqlens_q[s + 1] - cu_seqlens_q[s]);
+    const auto k_len = static_cast<double>(cu_seqlens_k[s + 1] - cu_seqlens_k[s]);
     const double kept = heads * pairs_kept(p.config, q_len, k_len);
     sum.pairs += kept;
-    sum.pool += static_cast<double>(k_len * p.kv_heads) * d;
+    sum.pool += k_len * static_cast<double>(p.kv_heads) * d;
     sum.gate += 2 * d * heads * scores_needed(p.config, q_len, k_len);
     sum.attend += 4 * d * kept;
     sum.dense += 4 * d * heads * pairs_kept(full, q_len, k_len);

@@ -210,7 +210,8 @@ double score_error(const Data& data, double scale) {
         std::ranges::set_difference(theirs, ours, std::back_inserter(fewer));
         for (const std::int32_t a : more) {
           for (const std::int32_t b : fewer) {
-            const double bound = static_cast<double>(d) * 0x1p-24 * (score(a, true) + score(b, true));
+            // What each sum of d terms may be off by, and what underflows.
+            const double bound = static_cast<double>(d) * (0x1p-24 * (score(a, true) + score(b, true)) + 0x1p-148);
             if (!(std::abs(score(a, false) - score(b, false)) <= bound)) {
               return fail() << "block " << a << " (score " << score(a, false) << ") is chosen instead of " << b << " ("
                             << score(b, false) << ")";

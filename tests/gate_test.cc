@@ -216,14 +216,14 @@ TEST(Gate, NanIsLastAndInfinityIsANumber) {
 
 TEST(Gate, DifferencesAreExplainedByRounding) {
   Random random(11);
-  for (int i = 0; i < (kSanitized ? 10 : 60); ++i) {
+  for (int i = 0; i < (kSanitized ? 10 : 50); ++i) {
     Case c{.dtype = std::array{DType::f32, DType::f16, DType::bf16}[random.integer(0, 2)]};
     c.kv_heads = random.integer(1, 3);
     c.q_heads = c.kv_heads * random.integer(1, 4);
     c.head_dim = random.integer(8, 256);
-    c.config = {.block_size = random.integer(1, 5), .top_k = random.integer(1, 40), .causal = !random.one_in(3)};
-    c.k_lengths = {random.integer(1, 1500)};
-    c.q_lengths = {random.integer(1, 100)};
+    c.config = {.block_size = random.integer(1, 3), .top_k = random.integer(1, 40), .causal = !random.one_in(3)};
+    c.k_lengths = {random.integer(1, 1000)};
+    c.q_lengths = {random.integer(1, 60)};
     c.q_amplitude = std::ldexp(1.0f, static_cast<int>(random.integer(-6, 6)));
     c.seed = static_cast<std::uint64_t>(i);
     expect_explained(c, Scores(c));

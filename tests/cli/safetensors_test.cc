@@ -142,7 +142,7 @@ TEST(SafetensorsHeader, SurvivesChangedBytes) {
   const std::string header = R"({"__metadata__":{"k":"v"},)" + tensor("a", "F32", "[2,1]", "[0,8]") + "," +
                              tensor("b", "I32", "[1]", "[8,12]") + "}";
   ASSERT_EQ(fault_of(header, 12), "");
-  constexpr std::string_view kBytes("{}[]\":,0129.eE-+truefalsn\\ \xff\0", 30);
+  constexpr std::string_view kBytes("{}[]\":,0129.eE-+truefalsn\\ \xff\0", 29);
   std::uint32_t random = 1;
   for (int round = 0; round < 20'000; ++round) {
     std::string changed = header;
@@ -211,7 +211,7 @@ TEST(SafetensorsReader, ReadsDataThatIsNotAligned) {
   const SafetensorsReader reader(folder.file("x"));
   const Buffer buffer = reader.read(*reader.find("x"));
   EXPECT_EQ(reinterpret_cast<std::uintptr_t>(buffer.data()) % 64, 0u);
-  EXPECT_EQ(std::memcmp(buffer.data(), values, sizeof(values)), 0);
+  for (std::size_t i = 0; i < 3; ++i) EXPECT_EQ(buffer.as<float>()[i], values[i]);
   EXPECT_EQ(reader.find("y"), nullptr);
 }
 
