@@ -100,10 +100,8 @@ class Chunk {
   }
 
   void attend_tile(const Sequence& sequence, const Keys& tile, std::span<const std::int32_t> rows) {
-    const HeadRows k = head(call_.k), v = head(call_.v);
-    PackKeys<kPairs>(k, sequence.k_begin + tile.first, tile.count, s_.keys);
-    const bool finite = kPairs ? PackValuePairs(v, sequence.k_begin + tile.first, tile.count, s_.values)
-                               : PackValues(v, sequence.k_begin + tile.first, tile.count, s_.values);
+    PackKeys<kPairs>(head(call_.k), sequence.k_begin + tile.first, tile.count, s_.keys);
+    const bool finite = pack_values(sequence, tile);
     coming_row_ = 0;
     rows_per_tile_ = ceil_div(2 * coming_.count, ceil_div(std::ssize(rows), kRowTile));
     std::array<std::int64_t, kRowTile> seen;
@@ -116,9 +114,21 @@ class Chunk {
         if (!finite && seen[n] != seen[0]) break;
         ++n;
       }
+      // For the same reason a pair must not join a value that is seen with one that is masked.
+      if (kPairs && !finite) pack_values(sequence, {tile.first, seen[0]});
       const auto now = rows.first(n);
       rows = rows.subspan(n);
       attend_rows(sequence, now, seen, tile.count, rows.first(std::min<std::size_t>(rows.size(), kRowTile)));
+    }
+  }
+
+  // Whether all are finite.
+  bool pack_values(const Sequence& sequence, const Keys& keys) {
+    values_ = keys.count;
+    if constexpr (kPairs) {
+      return PackValuePairs(head(call_.v), sequence.k_begin + keys.first, keys.count, s_.values);
+    } else {
+      return PackValues(head(call_.v), sequence.k_begin + keys.first, keys.count, s_.values);
     }
   }
 
@@ -146,7 +156,7 @@ class Chunk {
     softmax(rows, seen, most, alpha);
     const float* p = kPairs ? s_.pairs : s_.scores;
     const std::int64_t p_stride = kPairs ? kKeyTile / 2 : kKeyTile;
-    const std::int64_t depth = kPairs ? (most + 1) / 2 : most, packed_depth = kPairs ? (keys + 1) / 2 : keys;
+    const std::int64_t depth = kPairs ? (most + 1) / 2 : most, packed_depth = kPairs ? (values_ + 1) / 2 : values_;
     const auto q_bytes = dim_ * static_cast<std::int64_t>(size_in_bytes(call_.q.dtype));
     std::ranges::transform(following, soon.begin(), [&](std::int32_t row) { return NextRow{q_row(row), q_bytes}; });
     multiply<true>(p, p_stride, n, s_.values, packed_depth, columns_, columns_, depth, out.data(), alpha.data(),
@@ -277,6 +287,7 @@ class Chunk {
   const std::int64_t kv_head_, group_, first_row_, rows_, dim_, columns_, words_;
   const float scale_;
   const AttendScratch& s_;
+  std::int64_t values_ = 0;  // keys whose values are packed
 
   // The keys that are packed next, of the same sequence: how many rows of k and v, taken in turn, are asked for
   // already, and how many each tile of rows asks for.
