@@ -1,7 +1,9 @@
 // The yardstick: OpenBLAS's float32 matrix product, with the kernels that fit the processor.
 #pragma once
 
+#include <cstddef>
 #include <string>
+#include <vector>
 
 namespace moba::bench {
 
@@ -21,11 +23,12 @@ class Sgemm {
   static constexpr double kFlops = 2.0 * kSize * kSize * kSize;
 
   explicit Sgemm(int threads);
-  ~Sgemm();
   void run();
 
  private:
-  float *a_, *b_, *c_;
+  static constexpr std::size_t kCount = std::size_t{kSize} * kSize;
+
+  std::vector<float> a_, b_, c_;
 };
 
 }  // namespace moba::bench

@@ -1,6 +1,7 @@
 #include "cpu_figures.h"
 
 #include <cstdio>
+#include <optional>
 
 #include "blas.h"
 #include "buffer.h"
@@ -12,6 +13,8 @@
 namespace moba::bench {
 
 namespace {
+
+constexpr int kSgemms = 4;  // products timed at a time
 
 // A causal problem of one sequence, B = 128, k = 8, d = 128.
 Problem problem_of(DType dtype, std::int64_t tokens, std::int64_t q_heads, std::int64_t kv_heads) {
@@ -26,17 +29,18 @@ Problem problem_of(DType dtype, std::int64_t tokens, std::int64_t q_heads, std::
   return problem;
 }
 
-Options options_of(int threads) {
+Options options_of(int threads, Bf16Products products) {
   Options options;
   options.threads = threads;
+  options.bf16_products = products;
   return options;
 }
 
 // A problem with its memory, and every stage ready to run. Random input without rope: the blocks are chosen evenly.
 class Workload {
  public:
-  Workload(const Problem& problem, int threads)
-      : plan(problem, options_of(threads)),
+  Workload(const Problem& problem, int threads, Bf16Products products = Bf16Products::automatic)
+      : plan(problem, options_of(threads, products)),
         random_(problem, {0, problem.total_q}, {0, problem.total_k}, 1),
         inputs_(random_.inputs),
         out_(random_.q.size()),
@@ -83,6 +87,12 @@ void figure(const char* name, double value, const char* unit) {
 
 void cpu_figures(int threads, int repetitions) {
   Workload gqa(problem_of(DType::f32, 16384, 8, 2), threads), gqa_bf16(problem_of(DType::bf16, 16384, 8, 2), threads);
+  // The way of multiplying bfloat16 that the plan does not choose here, for comparison.
+  std::optional<Workload> other_bf16;
+  if (bf16_support().available) {
+    other_bf16.emplace(problem_of(DType::bf16, 16384, 8, 2), threads,
+                       bf16_support().preferred ? Bf16Products::widen : Bf16Products::dot);
+  }
   Workload head(problem_of(DType::f32, 32768, 1, 1), threads);
   Sgemm sgemm(gqa.plan.threads());
   std::fprintf(stderr, "%s; bfloat16: %s; OpenBLAS kernels %s\n", gqa.plan.kernels().c_str(),
@@ -93,28 +103,33 @@ void cpu_figures(int threads, int repetitions) {
     gqa.forward(workspace.span());
   });
 
-  const auto seconds = best_seconds({{"sgemm",
-                                      [&] {
-                                        for (int i = 0; i < 4; ++i) sgemm.run();
-                                      }},
-                                     {"pool", [&] { gqa.pool(); }},
-                                     {"gate", [&] { gqa.gate(); }},
-                                     {"index", [&] { gqa.index(); }},
-                                     {"attend", [&] { gqa.attend(); }},
-                                     {"attend_bf16", [&] { gqa_bf16.attend(); }},
-                                     {"moba_32k", [&] { head.forward(); }},
-                                     {"dense_32k", [&] { head.dense(); }}},
-                                    repetitions);
+  Timed things;
+  things["sgemm"] = [&] {
+    for (int i = 0; i < kSgemms; ++i) sgemm.run();
+  };
+  things["pool"] = [&] { gqa.pool(); };
+  things["gate"] = [&] { gqa.gate(); };
+  things["index"] = [&] { gqa.index(); };
+  things["attend"] = [&] { gqa.attend(); };
+  things["attend_bf16"] = [&] { gqa_bf16.attend(); };
+  if (other_bf16) things["attend_bf16_other"] = [&] { other_bf16->attend(); };
+  things["moba_32k"] = [&] { head.forward(); };
+  things["dense_32k"] = [&] { head.dense(); };
+  const auto seconds = best_seconds(things, repetitions);
 
   const Arithmetic work = gqa.plan.arithmetic(), one = head.plan.arithmetic();
   const auto rate = [&](double flops, const char* name) { return flops / seconds.at(name) / 1e9; };
-  const double blas = rate(4 * Sgemm::kFlops, "sgemm");
+  const double blas = rate(kSgemms * Sgemm::kFlops, "sgemm");
   const double routing = seconds.at("pool") + seconds.at("gate") + seconds.at("index");
   figure("sgemm", blas, "GFLOP/s");
   figure("attend", rate(work.attend, "attend"), "GFLOP/s");
   figure("attend_over_sgemm", rate(work.attend, "attend") / blas, "ratio");
   figure("attend_bf16", rate(work.attend, "attend_bf16"), "GFLOP/s");
   figure("attend_bf16_over_sgemm", rate(work.attend, "attend_bf16") / blas, "ratio");
+  if (other_bf16) {
+    figure(bf16_support().preferred ? "attend_bf16_widen" : "attend_bf16_dot", rate(work.attend, "attend_bf16_other"),
+           "GFLOP/s");
+  }
   figure("pool", seconds.at("pool") * 1e3, "ms");
   figure("gate", seconds.at("gate") * 1e3, "ms");
   figure("index", seconds.at("index") * 1e3, "ms");
@@ -125,7 +140,7 @@ void cpu_figures(int threads, int repetitions) {
   figure("moba_over_dense", seconds.at("dense_32k") / seconds.at("moba_32k"), "ratio");
   figure("flop_ratio", one.dense / (one.pool + one.gate + one.attend), "ratio");
   figure("plan_extra_mib", static_cast<double>(gqa.plan.workspace_bytes()) / (1 << 20), "MiB");
-  figure("peak_extra_mib", extra / (1 << 20), "MiB");
+  if (extra >= 0) figure("peak_extra_mib", extra / (1 << 20), "MiB");
 }
 
 }  // namespace moba::bench

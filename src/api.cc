@@ -12,8 +12,6 @@ namespace moba {
 
 namespace {
 
-std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
-
 std::vector<Sequence> sequences_of(const Plan::Impl& plan, const Inputs& inputs) {
   const Problem& p = plan.problem;
   const auto q = checked_cu_seqlens("cu_seqlens_q", inputs.cu_seqlens_q, plan, p.total_q, p.max_seqlen_q);
@@ -21,13 +19,25 @@ std::vector<Sequence> sequences_of(const Plan::Impl& plan, const Inputs& inputs)
   std::vector<Sequence> sequences(static_cast<std::size_t>(p.batch));
   std::int64_t block = 0;
   for (std::size_t s = 0; s < sequences.size(); ++s) {
-    const std::int64_t k_len = k[s + 1] - k[s];
-    const std::int64_t blocks = k_len == 0 ? 0 : (k_len - 1) / p.config.block_size + 1;
+    const std::int64_t k_len = k[s + 1] - k[s], blocks = ceil_div(k_len, p.config.block_size);
     sequences[s] = {q[s], q[s + 1] - q[s], k[s], k_len, block, blocks};
     block += blocks;
   }
   return sequences;
 }
+
+// The tensor with strides that are safe to multiply: those of dimensions that are never stepped over may be anything.
+template <class AnyTensor>
+AnyTensor tidy(AnyTensor tensor) {
+  for (int i = 0; i < tensor.rank; ++i) {
+    if (tensor.shape[i] <= 1) tensor.stride[i] = i == tensor.rank - 1 ? 1 : 0;
+  }
+  return tensor;
+}
+
+Outputs tidy(const Outputs& outputs) { return {tidy(outputs.out), tidy(outputs.lse)}; }
+
+Selection tidy(const Selection& s) { return {tidy(s.ids), tidy(s.counts), tidy(s.offsets), tidy(s.rows)}; }
 
 // What a function reads of its inputs.
 enum Reads : unsigned { kQ = 1, kK = 2, kV = 4 };
@@ -38,7 +48,7 @@ Call make_call(const Plan& plan, const Inputs& inputs, unsigned reads, Workspace
   if (reads & kK) check_tensor(inputs.k, {"k", p.dtype, {p.total_k, p.kv_heads, p.head_dim}});
   if (reads & kV) check_tensor(inputs.v, {"v", p.dtype, {p.total_k, p.kv_heads, p.head_dim}});
   check_workspace(workspace, plan.workspace_bytes());
-  Call call{plan.impl(), inputs.q, inputs.k, inputs.v, sequences_of(plan.impl(), inputs), {}};
+  Call call{plan.impl(), tidy(inputs.q), tidy(inputs.k), tidy(inputs.v), sequences_of(plan.impl(), inputs), {}};
   const std::size_t skip = (64 - reinterpret_cast<std::uintptr_t>(workspace.data()) % 64) % 64;
   call.scratch = workspace.subspan(skip, plan.impl().scratch_bytes);
   return call;
@@ -96,12 +106,6 @@ void rotate_inputs(const Plan& plan, Call& call, Stack& stack) {
   call.k = k;
 }
 
-// Every block of every sequence is chosen by every row that sees it: MoBA is full attention.
-bool covers_everything(const Call& call) {
-  const Config& config = call.plan.problem.config;
-  return std::ranges::all_of(call.sequences, [&](const Sequence& s) { return s.blocks <= config.top_k; });
-}
-
 }  // namespace
 
 void forward(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace, Stream) {
@@ -110,16 +114,17 @@ void forward(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Wor
   check_outputs(p, outputs);
   const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
   check_no_overlap(written, regions(inputs, kQ | kK | kV));
+  check_positions(call);
 
   Stack stack(call, p);
   rotate_inputs(plan, call, stack);
-  if (covers_everything(call)) return MOBA_STEP(plan, dense)(call, outputs);
+  if (plan.impl().forward_is_dense) return MOBA_STEP(plan, dense)(call, tidy(outputs));
   const Tensor centroids = stack.tensor(plan.impl().centroids_bytes, plan.max_blocks(), p.kv_heads);
   const Selection selection = make_selection(plan, stack.take(plan.impl().selection_bytes));
   MOBA_STEP(plan, pool)(call, centroids);
   MOBA_STEP(plan, gate)(call, centroids, selection);
   MOBA_STEP(plan, index)(call, selection);
-  MOBA_STEP(plan, attend)(call, selection, outputs);
+  MOBA_STEP(plan, attend)(call, selection, tidy(outputs));
 }
 
 void dense(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace, Stream) {
@@ -127,9 +132,10 @@ void dense(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Works
   check_outputs(plan.problem(), outputs);
   const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
   check_no_overlap(written, regions(inputs, kQ | kK | kV));
+  check_positions(call);
   Stack stack(call, plan.problem());
   rotate_inputs(plan, call, stack);
-  MOBA_STEP(plan, dense)(call, outputs);
+  MOBA_STEP(plan, dense)(call, tidy(outputs));
 }
 
 Selection make_selection(const Plan& plan, std::span<std::byte> memory, bool shared) {
@@ -167,7 +173,8 @@ void rope(const Plan& plan, const Inputs& inputs, const Tensor& q_rotated, const
   check_tensor(k_rotated, {"k_rotated", p.dtype, {p.total_k, p.kv_heads, p.head_dim}, true});
   const Region written[] = {{"q_rotated", q_rotated}, {"k_rotated", k_rotated}, {"workspace", workspace}};
   check_no_overlap(written, regions(inputs, kQ | kK));
-  MOBA_STEP(plan, rope)(call, q_rotated, k_rotated);
+  check_positions(call);
+  MOBA_STEP(plan, rope)(call, tidy(q_rotated), tidy(k_rotated));
 }
 
 void pool(const Plan& plan, const Inputs& inputs, const Tensor& centroids, Workspace workspace, Stream) {
@@ -175,7 +182,7 @@ void pool(const Plan& plan, const Inputs& inputs, const Tensor& centroids, Works
   check_centroids(plan, centroids, true);
   const Region written[] = {{"centroids", centroids}, {"workspace", workspace}};
   check_no_overlap(written, regions(inputs, kK));
-  MOBA_STEP(plan, pool)(call, centroids);
+  MOBA_STEP(plan, pool)(call, tidy(centroids));
 }
 
 void gate(const Plan& plan, const Inputs& inputs, const ConstTensor& centroids, const Selection& selection,
@@ -188,7 +195,11 @@ void gate(const Plan& plan, const Inputs& inputs, const ConstTensor& centroids, 
   std::vector<Region> read = regions(inputs, kQ);
   read.emplace_back("centroids", centroids);
   check_no_overlap(written, read);
-  MOBA_STEP(plan, gate)(call, centroids, selection);
+  if (selection.offsets.given()) {
+    check_selection_transpose(plan.impl(), selection);
+    *static_cast<std::int64_t*>(selection.offsets.data) = -1;  // what stood there is of other ids; index writes it anew
+  }
+  MOBA_STEP(plan, gate)(call, tidy(centroids), tidy(selection));
 }
 
 void index(const Plan& plan, const Inputs& inputs, const Selection& selection, Workspace workspace, Stream) {
@@ -202,8 +213,8 @@ void index(const Plan& plan, const Inputs& inputs, const Selection& selection, W
   std::vector<Region> read = regions(inputs, 0);
   read.emplace_back("selection.ids", selection.ids);
   check_no_overlap(written, read);
-  check_ids(call, selection);
-  MOBA_STEP(plan, index)(call, selection);
+  check_ids(call, tidy(selection));
+  MOBA_STEP(plan, index)(call, tidy(selection));
 }
 
 void select(const Plan& plan, const Inputs& inputs, const Selection& selection, Workspace workspace, Stream) {
@@ -220,8 +231,8 @@ void select(const Plan& plan, const Inputs& inputs, const Selection& selection, 
   Stack stack(call, p);
   const Tensor centroids = stack.tensor(plan.impl().centroids_bytes, plan.max_blocks(), p.kv_heads);
   MOBA_STEP(plan, pool)(call, centroids);
-  MOBA_STEP(plan, gate)(call, centroids, selection);
-  MOBA_STEP(plan, index)(call, selection);
+  MOBA_STEP(plan, gate)(call, centroids, tidy(selection));
+  MOBA_STEP(plan, index)(call, tidy(selection));
 }
 
 void attend(const Plan& plan, const Inputs& inputs, const Selection& selection, const Outputs& outputs,
@@ -235,13 +246,15 @@ void attend(const Plan& plan, const Inputs& inputs, const Selection& selection, 
   read.emplace_back("selection.rows", selection.rows);
   check_no_overlap(written, read);
   check_transpose(call, selection);
-  MOBA_STEP(plan, attend)(call, selection, outputs);
+  MOBA_STEP(plan, attend)(call, selection, tidy(outputs));
 }
 
 void merge(const Plan& plan, std::span<const Outputs> partials, const Outputs& outputs, Stream) {
   const Problem& p = plan.problem();
   std::vector<Region> read;
+  std::vector<Outputs> tidied;
   for (const Outputs& partial : partials) {
+    tidied.push_back(tidy(partial));
     check_tensor(partial.out, {"partial out", p.dtype, {p.total_q, p.q_heads, p.head_dim}});
     check_tensor(partial.lse, {"partial lse", DType::f32, {p.q_heads, p.total_q}, false, false});
     read.emplace_back("partial out", partial.out);
@@ -250,7 +263,7 @@ void merge(const Plan& plan, std::span<const Outputs> partials, const Outputs& o
   check_outputs(p, outputs);
   const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}};
   check_no_overlap(written, read);
-  MOBA_STEP(plan, merge)(plan.impl(), partials, outputs);
+  MOBA_STEP(plan, merge)(plan.impl(), tidied, tidy(outputs));
 }
 
 }  // namespace moba

@@ -1,6 +1,7 @@
 // The contract between the public face and the backends: one checked call.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -26,6 +27,12 @@ struct Call {
   std::vector<Sequence> sequences;
   Workspace scratch;  // plan.scratch_bytes, 64-byte aligned
 };
+
+// n / by rounded up, for n >= 0 and any by > 0, however large.
+constexpr std::int64_t ceil_div(std::int64_t n, std::int64_t by) { return n / by + (n % by != 0); }
+
+// Bytes rounded up to a whole number of cache lines: where one piece of memory ends and the next may begin.
+constexpr std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // How far a causal row at `position` sees into the block that starts at key `start` and has `length` keys.
 inline std::int64_t visible_keys(std::int64_t position, std::int64_t start, std::int64_t length, bool causal) {

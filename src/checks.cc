@@ -73,13 +73,10 @@ void check_rope(Rope& rope, const Problem& problem) {
       refuse("rope.cos", describe(rope.cos),
              "at least max_seqlen_k (" + std::to_string(problem.max_seqlen_k) + ") rows");
     }
-    if (problem.max_seqlen_q > problem.max_seqlen_k) {
-      refuse("max_seqlen_q", problem.max_seqlen_q,
-             "at most max_seqlen_k with a table of the caller's, which has no rows for positions before 0");
-    }
     return;
   }
-  check_positive("rope.base", rope.base);
+  // From 1 on no frequency is above 1 radian a token.
+  if (!(rope.base >= 1) || !std::isfinite(rope.base)) refuse("rope.base", rope.base, "finite numbers from 1");
   switch (rope.scaling) {
     case RopeScaling::none:
       return;
@@ -127,7 +124,7 @@ void check_options(const Options& options, const Problem& problem) {
   }
   if (problem.dtype != DType::bf16)
     refuse("options.bf16_products", "dot", "automatic or widen, where dtype is not bf16");
-  if (!cpu::bf16_dot_support().available || cpu::find_target(options.cpu_target) != HWY_AVX3) {
+  if (!cpu::bf16_dot_support().available || !MOBA_IS_AVX512(cpu::find_target(options.cpu_target))) {
     refuse("options.bf16_products", "dot", "automatic or widen on this processor and target, which has no AVX512_BF16");
   }
 }
@@ -157,14 +154,18 @@ Problem checked(Problem p, const Options& options) {
   check_range("batch", p.batch, 0, kMaxRows);
   check_range("total_q", p.total_q, 0);
   check_range("total_k", p.total_k, 0);
-  if (p.batch == 0 && p.total_q + p.total_k > 0) refuse("batch", p.batch, "1 or more where there are tokens");
+  if (p.batch == 0 && (p.total_q > 0 || p.total_k > 0)) refuse("batch", p.batch, "1 or more where there are tokens");
   check_range("max_seqlen_q", p.max_seqlen_q, 0);
   check_range("max_seqlen_k", p.max_seqlen_k, 0);
   p.max_seqlen_q = p.max_seqlen_q == 0 ? p.total_q : std::min(p.max_seqlen_q, p.total_q);
   p.max_seqlen_k = p.max_seqlen_k == 0 ? p.total_k : std::min(p.max_seqlen_k, p.total_k);
   check_range("config.block_size", p.config.block_size, 1);
   check_range("config.top_k", p.config.top_k, 1);
-  if (p.config.scale && !std::isfinite(*p.config.scale)) refuse("config.scale", *p.config.scale, "finite numbers");
+  // The backends fold log2(e) into it, in float32.
+  constexpr double kMaxScale = std::numeric_limits<float>::max() / 1.5;
+  if (p.config.scale && !(std::fabs(*p.config.scale) <= kMaxScale)) {
+    refuse("config.scale", *p.config.scale, "finite numbers up to 2e38 either way");
+  }
   if (!p.config.scale) p.config.scale = 1.0 / std::sqrt(static_cast<double>(p.head_dim));
 
   const std::int64_t group = p.q_heads / p.kv_heads;
@@ -174,7 +175,7 @@ Problem checked(Problem p, const Options& options) {
   if (p.total_k > kMaxRows) refuse("total_k", p.total_k, "up to " + std::to_string(kMaxRows));
   checked_product("total_q * q_heads * head_dim", {p.total_q, p.q_heads, p.head_dim});
   checked_product("total_k * kv_heads * head_dim", {p.total_k, p.kv_heads, p.head_dim});
-  const std::int64_t blocks = p.max_seqlen_k == 0 ? 1 : (p.max_seqlen_k - 1) / p.config.block_size + 1;
+  const std::int64_t blocks = std::max<std::int64_t>(1, ceil_div(p.max_seqlen_k, p.config.block_size));
   checked_product("total_q * q_heads * min(top_k, blocks)", {p.total_q, p.q_heads, std::min(p.config.top_k, blocks)});
   if (p.rope) check_rope(*p.rope, p);
   check_options(options, p);
@@ -188,8 +189,10 @@ void check_cu_seqlens(std::string_view argument, std::span<const std::int64_t> c
     refuse(a, std::to_string(cu.size()) + " entries", std::to_string(batch + 1) + " (batch + 1)");
   if (cu[0] != 0) refuse(a + "[0]", cu[0], "0");
   for (std::int64_t s = 0; s < batch; ++s) {
-    const std::string entry = a + "[" + std::to_string(s + 1) + "]";
-    if (cu[s + 1] < cu[s]) refuse(entry, cu[s + 1], "no less than the entry before it (" + std::to_string(cu[s]) + ")");
+    if (cu[s + 1] < cu[s]) {
+      refuse(a + "[" + std::to_string(s + 1) + "]", cu[s + 1],
+             "no less than the entry before it (" + std::to_string(cu[s]) + ")");
+    }
     if (cu[s + 1] - cu[s] > longest) {
       refuse("length of sequence " + std::to_string(s) + " in " + a, cu[s + 1] - cu[s],
              "up to " + std::to_string(longest));
@@ -238,21 +241,20 @@ void check_tensor(const ConstTensor& t, const Expected& expected) {
     refuse(a, "not aligned", "addresses that are multiples of " + std::to_string(size_in_bytes(t.dtype)));
   }
   std::vector<int> order;  // the dimensions that are more than one element long
+  const auto stride = [&](int i) { return a + ".stride[" + std::to_string(i) + "]"; };
   for (int i = 0; i < rank; ++i) {
-    const std::string stride = a + ".stride[" + std::to_string(i) + "]";
-    if (t.shape[i] > 1 && t.stride[i] < 0) refuse(stride, t.stride[i], "0 or more");
-    if (i == rank - 1 && expected.last_stride_1 && t.shape[i] > 1 && t.stride[i] != 1) refuse(stride, t.stride[i], "1");
-    if (t.shape[i] > 1) {
-      checked_product(stride, {t.stride[i], t.shape[i]});
-      order.push_back(i);
-    }
+    if (t.shape[i] <= 1) continue;  // never stepped over
+    if (t.stride[i] < 0) refuse(stride(i), t.stride[i], "0 or more");
+    if (i == rank - 1 && expected.last_stride_1 && t.stride[i] != 1) refuse(stride(i), t.stride[i], "1");
+    checked_product(a, {t.stride[i], t.shape[i]});
+    order.push_back(i);
   }
   if (!expected.output) return;
   std::ranges::sort(order, {}, [&](int i) { return t.stride[i]; });
   std::int64_t extent = 1;  // elements spanned by the dimensions so far
   for (const int dim : order) {
     if (t.stride[dim] < extent) {
-      refuse(a + ".stride[" + std::to_string(dim) + "]", t.stride[dim],
+      refuse(stride(dim), t.stride[dim],
              "at least " + std::to_string(extent) + ", so that no two elements share a place");
     }
     extent += (t.shape[dim] - 1) * t.stride[dim];
@@ -272,6 +274,17 @@ Region::Region(std::string_view argument_name, const ConstTensor& tensor) : argu
 
 Region::Region(std::string_view argument_name, Workspace workspace)
     : argument(argument_name), begin(workspace.data()), end(workspace.data() + workspace.size()) {}
+
+void check_positions(const Call& call) {
+  const std::optional<Rope>& rope = call.plan.problem.rope;
+  if (!rope || !rope->cos.given()) return;
+  for (std::size_t s = 0; s < call.sequences.size(); ++s) {
+    if (call.sequences[s].q_len <= call.sequences[s].k_len) continue;
+    refuse("length of sequence " + std::to_string(s) + " in cu_seqlens_q", call.sequences[s].q_len,
+           "up to its length in cu_seqlens_k (" + std::to_string(call.sequences[s].k_len) +
+               ") with a table of the caller's, which has no rows for positions before 0");
+  }
+}
 
 void check_no_overlap(std::span<const Region> outputs, std::span<const Region> inputs) {
   const auto check = [](const Region& output, const Region& other) {

@@ -32,6 +32,9 @@ struct Expected {
 };
 void check_tensor(const ConstTensor& tensor, const Expected& expected);
 
+// A RoPE table of the caller's has a row for every position of the batch.
+void check_positions(const Call& call);
+
 // Memory that a call writes and reads, by name, for check_no_overlap.
 struct Region {
   std::string_view argument;

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "call.h"
 #include "checks.h"
 #include "cpu/targets.h"
 #include "cpu/workers.h"
@@ -15,10 +16,6 @@
 namespace moba {
 
 namespace {
-
-std::int64_t ceil_div(std::int64_t n, std::int64_t by) { return n / by + (n % by != 0); }
-
-std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 std::size_t bytes_of(DType dtype, std::int64_t count) {
   return aligned(size_in_bytes(dtype) * static_cast<std::size_t>(count));
@@ -64,8 +61,10 @@ double scores_needed(const Config& config, double q_len, double k_len) {
 
 const char* name(Backend backend) { return backend == Backend::cpu ? "cpu" : "reference"; }
 
-Plan::Plan(const Problem& problem, const Options& options) : impl_(std::make_unique<Impl>()) {
-  Impl& plan = *impl_;
+Plan::Plan(const Problem& problem, const Options& options) {
+  const auto made = std::make_shared<Impl>();
+  impl_ = made;
+  Impl& plan = *made;
   plan.problem = checked(problem, options);
   plan.options = options;
   const Problem& p = plan.problem;
@@ -76,22 +75,18 @@ Plan::Plan(const Problem& problem, const Options& options) : impl_(std::make_uni
   const std::int64_t filled = std::min(p.batch, p.total_k);
   plan.max_blocks = filled == 0 ? 0 : (p.total_k - filled) / p.config.block_size + filled;
   plan.scale = *p.config.scale;
+  plan.forward_is_dense = ceil_div(p.max_seqlen_k, p.config.block_size) <= p.config.top_k;
   if (p.rope) plan.rope = std::make_shared<RopeTable>(*p.rope, p.head_dim);
   if (options.backend == Backend::cpu) cpu::prepare(plan);
   plan.q_rotated_bytes = p.rope ? bytes_of(p.dtype, p.total_q * p.q_heads * p.head_dim) : 0;
   plan.k_rotated_bytes = p.rope ? bytes_of(p.dtype, p.total_k * p.kv_heads * p.head_dim) : 0;
   plan.centroids_bytes = bytes_of(p.dtype, plan.max_blocks * p.kv_heads * p.head_dim);
-  plan.selection_bytes = selection_bytes();
+  plan.selection_bytes = plan.forward_is_dense ? 0 : selection_bytes();
 }
 
 Plan::~Plan() = default;
-Plan::Plan(const Plan& other) : impl_(std::make_unique<Impl>(*other.impl_)) {}
-Plan& Plan::operator=(const Plan& other) {
-  if (this != &other) impl_ = std::make_unique<Impl>(*other.impl_);
-  return *this;
-}
-Plan::Plan(Plan&&) noexcept = default;
-Plan& Plan::operator=(Plan&&) noexcept = default;
+Plan::Plan(const Plan&) = default;
+Plan& Plan::operator=(const Plan&) = default;
 
 const Problem& Plan::problem() const { return impl_->problem; }
 const Options& Plan::options() const { return impl_->options; }
@@ -117,7 +112,8 @@ std::string Plan::kernels() const {
   if (impl_->options.backend == Backend::reference) return "reference, float64, 1 thread";
   return "cpu " + cpu::target_name(impl_->cpu_target) +
          (impl_->bf16_dot ? ", bfloat16 pair products, " : ", float32 products, ") + std::to_string(impl_->threads) +
-         (impl_->threads == 1 ? " thread" : " threads");
+         (impl_->threads == 1 ? " thread" : " threads") +
+         (impl_->forward_is_dense ? ", every block chosen: full attention" : "");
 }
 
 Arithmetic Plan::arithmetic(const std::vector<std::int64_t>& cu_seqlens_q,

@@ -19,6 +19,7 @@ struct Plan::Impl {
   std::int64_t slots = 1;       // ids per row
   std::int64_t max_blocks = 0;  // of the batch
   double scale = 1.0;
+  bool forward_is_dense = false;          // every row chooses every block: nothing to select
   std::shared_ptr<const RopeTable> rope;  // null where the problem has none
 
   // cpu backend

@@ -185,6 +185,41 @@ TEST(Gate, ZerosOfBothSignsTie) {
   }
 }
 
+// Products that underflow leave zeros of both signs, and zeros tie.
+TEST(Gate, UnderflowTies) {
+  Case c{.q_heads = 1, .head_dim = 8, .q_lengths = {50}, .k_lengths = {400}, .config = {.block_size = 1, .top_k = 5}};
+  Scores scores(c);
+  scores.data.q.fill_value(1e-30f);
+  for (std::int64_t b = 0; b < 400; ++b) {
+    for (std::int64_t x = 0; x < 8; ++x) scores.centroids.set(b, 0, x, b % 3 == 0 ? 1e-30f : -1e-30f);
+  }
+  for (const Options& options : cpu_kernels(DType::f32)) {
+    const Chosen got = Runner(c.problem(), options).gate(scores.data.inputs(), scores.centroids);
+    for (std::int32_t token = 0; token < 50; ++token) {
+      const std::int32_t own = 350 + token;
+      ASSERT_EQ(got.row(token, 0), (std::vector<std::int32_t>{own - 4, own - 3, own - 2, own - 1, own}))
+          << describe(options);
+    }
+  }
+}
+
+// Scores that are single elements of the centroids, so exact, and equal or a last bit apart.
+TEST(Gate, TellsOneBitApart) {
+  for (const std::int64_t k : {1, 2, 5, 17, 100}) {
+    Case c{.q_heads = 1, .head_dim = 8, .q_lengths = {60}, .k_lengths = {700}, .config = {.block_size = 1, .top_k = k}};
+    Scores scores(c);
+    Random random(static_cast<std::uint64_t>(k));
+    scores.data.q.fill_value(0.0f);
+    for (std::int64_t token = 0; token < 60; ++token)
+      scores.data.q.set(token, 0, token % 8, token % 16 < 8 ? 1.0f : -2.0f);
+    for (std::int64_t b = 0; b < 700; ++b) {
+      for (std::int64_t x = 0; x < 8; ++x)
+        scores.centroids.set(b, 0, x, 1.0f + 0x1p-23f * static_cast<float>(random.integer(0, 9)));
+    }
+    expect_same(c, scores);
+  }
+}
+
 TEST(Gate, NanIsLastAndInfinityIsANumber) {
   for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
     for (const bool causal : {true, false}) {

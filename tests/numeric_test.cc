@@ -124,6 +124,34 @@ TEST(Numeric, EveryTargetWidensAndNarrowsEveryPattern) {
   }
 }
 
+// So does a table of the caller's: NaN times 1, whose low bits 16-bit formats have no room for.
+TEST(Numeric, EveryTargetKeepsNan) {
+  constexpr std::uint32_t kPatterns[] = {0x7f800001, 0x7f807fff, 0x7fbfffff, 0x7fc00000,
+                                         0x7fffffff, 0xff800001, 0xffffffff};
+  for (const Format& f : kFormats) {
+    Case c{.dtype = f.dtype, .q_heads = 1, .head_dim = 86, .q_lengths = {0}, .k_lengths = {std::ssize(kPatterns)}};
+    Data data(c);
+    data.k.fill_value(1.0f);
+    Array cos(DType::f32, {c.k_lengths[0], 43}), sin(DType::f32, {c.k_lengths[0], 43});
+    cos.fill_value(1.0f);
+    sin.fill_value(0.0f);
+    for (std::int64_t token = 0; token < c.k_lengths[0]; ++token) {
+      for (std::int64_t i = 0; i < 43; i += 3) cos.as<std::uint32_t>(token, i) = kPatterns[token];
+    }
+    c.rope = Rope{};
+    c.rope->cos = cos.tensor();
+    c.rope->sin = sin.tensor();
+    for (const Options& options : cpu_kernels(f.dtype)) {
+      const auto rotated = Runner(c.problem(), options).rope(data.inputs());
+      for (std::int64_t token = 0; token < c.k_lengths[0]; ++token) {
+        for (std::int64_t x = 0; x < 86; ++x) {
+          ASSERT_EQ(is_nan(f, rotated.second.as<std::uint16_t>(token, 0, x)), x % 43 % 3 == 0) << describe(options);
+        }
+      }
+    }
+  }
+}
+
 // A table of the caller's brings any float through narrow: rotating (0, 1) by (cos, sin) gives (-sin, cos).
 TEST(Numeric, EveryTargetNarrowsEveryBoundary) {
   for (const Format& f : kFormats) {

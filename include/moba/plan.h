@@ -46,7 +46,7 @@ struct Problem {
 // How to compute it. The results do not depend on `threads`.
 struct Options {
   Backend backend = Backend::cpu;
-  int threads = 0;         // at most this many threads work on a call; 0 means one per core
+  int threads = 0;         // at most this many threads work on a call; 0 means one per core. The reference has one
   std::string cpu_target;  // one of cpu_targets() (moba/info.h); empty means the best one
   Bf16Products bf16_products = Bf16Products::automatic;
 };
@@ -65,10 +65,9 @@ class MOBA_EXPORT Plan {
   // Throws moba::Error for a problem or an option that is not served. Needs no device and touches no tensor.
   explicit Plan(const Problem& problem, const Options& options = {});
   ~Plan();
+  // Cheap, and there is no move: no plan is ever left empty.
   Plan(const Plan&);
   Plan& operator=(const Plan&);
-  Plan(Plan&&) noexcept;
-  Plan& operator=(Plan&&) noexcept;
 
   const Problem& problem() const;
   const Options& options() const;
@@ -96,7 +95,7 @@ class MOBA_EXPORT Plan {
   const Impl& impl() const { return *impl_; }
 
  private:
-  std::unique_ptr<Impl> impl_;
+  std::shared_ptr<const Impl> impl_;  // never changes, so copies share it; never null
 };
 
 }  // namespace moba

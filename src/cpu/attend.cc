@@ -268,7 +268,7 @@ class Chunk {
 
   // to = row[0..most) rounded to bfloat16, two to a word; the vector that `most` ends in is zero past seen already.
   static void to_pairs(const float* row, std::int64_t most, float* to) {
-#if HWY_TARGET == HWY_AVX3
+#if MOBA_IS_AVX512(HWY_TARGET)
     const F32 df;
     const U32 du;
     for (std::int64_t j = 0; j < most; j += 2 * kLanes) {
@@ -345,7 +345,7 @@ void attend_all(const Call& call, const Outputs& outputs, std::int64_t kv_head, 
 // Without a selection every row meets every key it may see.
 void AttendTask(const Call& call, const Selection* selection, const Outputs& outputs, std::int64_t kv_head,
                 std::int64_t begin, std::int64_t end, const AttendScratch& scratch) {
-#if HWY_TARGET == HWY_AVX3
+#if MOBA_IS_AVX512(HWY_TARGET)
   if (call.plan.bf16_dot) {
     return selection != nullptr ? attend_selected<true>(call, *selection, outputs, kv_head, begin, end, scratch)
                                 : attend_all<true>(call, outputs, kv_head, begin, end, scratch);

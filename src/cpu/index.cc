@@ -1,5 +1,7 @@
 // index: the transpose of a selection by counting sort: chunks of tokens are counted apart, the counts scanned in the
 // order of the chunks, and each chunk then writes its rows to places of its own, ascending.
+#include <numeric>
+
 #include "call.h"
 #include "cpu/workers.h"
 #include "parallel.h"
@@ -76,16 +78,29 @@ void index(const Call& call, const Selection& selection) {
     write_counts(call, selection, chunk * step, chunk_end(chunk));
   });
 
-  std::int64_t total = 0;
-  for (std::int64_t list = 0; list < lists; ++list) {
-    offsets[list] = total;
+  // How many rows each list has; where each list starts; where in it each chunk does.
+  constexpr std::int64_t kLists = 512;
+  const std::int64_t groups = ceil_div(lists, kLists);
+  const auto for_each_list = [&](auto&& f) {
+    parallel_for(call.plan.threads, groups, [&](std::int64_t group, int) {
+      for (std::int64_t list = group * kLists; list < std::min(lists, (group + 1) * kLists); ++list) f(list);
+    });
+  };
+  for_each_list([&](std::int64_t list) {
+    std::int64_t rows_of_list = 0;
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) rows_of_list += places[chunk * lists + list];
+    offsets[list + 1] = rows_of_list;
+  });
+  offsets[0] = 0;
+  std::partial_sum(offsets, offsets + lists + 1, offsets);
+  for_each_list([&](std::int64_t list) {
+    std::int64_t next = offsets[list];
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
       const std::int64_t count = places[chunk * lists + list];
-      places[chunk * lists + list] = total;
-      total += count;
+      places[chunk * lists + list] = next;
+      next += count;
     }
-  }
-  offsets[lists] = total;
+  });
 
   parallel_for(call.plan.threads, chunks, [&](std::int64_t chunk, int) {
     std::int64_t* place = places + chunk * lists;

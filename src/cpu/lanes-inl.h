@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/targets.h"
 #include "moba/tensor.h"
 #include "numeric.h"
 
@@ -40,7 +41,7 @@ constexpr std::int64_t kKeyStep = kLanes < 4 ? 4 : kLanes;
 
 #undef MOBA_VECTOR_F16
 // Conversion of binary16 in hardware; elsewhere one value at a time through numeric.h.
-#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON
+#if MOBA_IS_AVX512(HWY_TARGET) || HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_NEON
 #define MOBA_VECTOR_F16 1
 #else
 #define MOBA_VECTOR_F16 0

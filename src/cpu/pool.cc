@@ -55,17 +55,15 @@ void pool(const Call& call, const Tensor& centroids) {
       call.sequences.empty() ? 0 : call.sequences.back().block_begin + call.sequences.back().blocks;
   const std::int64_t per_task = ceil_div(4096, std::min<std::int64_t>(block_size, 4096));  // about 4096 keys
   const auto pool_block = MOBA_KERNEL(PoolBlock, call.plan.cpu_target);
-  parallel_for(call.plan.threads, ceil_div(blocks, per_task), [&](std::int64_t task, int) {
-    const std::int64_t first = task * per_task, last = std::min(blocks, first + per_task);
+  parallel_for(call.plan.threads, ceil_div(blocks, per_task) * heads, [&](std::int64_t task, int) {
+    const std::int64_t head = task % heads, first = task / heads * per_task, last = std::min(blocks, first + per_task);
     auto s = std::ranges::partition_point(call.sequences,
                                           [&](const Sequence& q) { return q.block_begin + q.blocks <= first; });
     for (std::int64_t block = first; block < last; ++block) {
       while (s->block_begin + s->blocks <= block) ++s;
       const std::int64_t start = (block - s->block_begin) * block_size;
       const std::int64_t keys = std::min(block_size, s->k_len - start);
-      for (std::int64_t head = 0; head < heads; ++head) {
-        pool_block(call.k, head, s->k_begin + start, keys, head_row(centroids, block, head));
-      }
+      pool_block(call.k, head, s->k_begin + start, keys, head_row(centroids, block, head));
     }
   });
 }

@@ -13,6 +13,9 @@ namespace moba::cpu {
 std::int64_t find_target(std::string_view target_name);
 std::string target_name(std::int64_t target);
 
+// AVX-512 in any of its kinds: Highway numbers the better targets lower.
+#define MOBA_IS_AVX512(target) (HWY_ARCH_X86 && (target) <= HWY_AVX3)
+
 // Largest vector (floats) of any target; scratch sizes are made for it.
 inline constexpr std::int64_t kMaxLanes = 16;
 

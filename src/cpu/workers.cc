@@ -51,7 +51,7 @@ RopeScratch::RopeScratch(Carver& carver, const Plan::Impl& plan)
 void prepare(Plan::Impl& plan) {
   plan.cpu_target = find_target(plan.options.cpu_target);
   const Bf16Support bf16 = bf16_dot_support();
-  const bool can_dot = bf16.available && plan.cpu_target == HWY_AVX3 && plan.problem.dtype == DType::bf16;
+  const bool can_dot = bf16.available && MOBA_IS_AVX512(plan.cpu_target) && plan.problem.dtype == DType::bf16;
   plan.bf16_dot = can_dot && (plan.options.bf16_products == Bf16Products::dot ||
                               (plan.options.bf16_products == Bf16Products::automatic && bf16.preferred));
   plan.attend_rows = attend_rows(plan);

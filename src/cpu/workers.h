@@ -12,16 +12,14 @@
 
 namespace moba::cpu {
 
-constexpr std::int64_t ceil_div(std::int64_t n, std::int64_t by) { return (n + by - 1) / by; }
-
 // Hands out pieces of a scratch area, each aligned to 64 bytes.
 class Carver {
  public:
   explicit Carver(std::byte* memory = nullptr) : memory_(memory) {}
   template <class T>
   T* take(std::int64_t count) {
-    T* piece = reinterpret_cast<T*>(memory_ + used_);
-    used_ += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    T* piece = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
+    used_ += aligned(static_cast<std::size_t>(count) * sizeof(T));
     return piece;
   }
   // Bytes handed out so far; with no memory behind it a Carver measures.
