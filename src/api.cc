@@ -73,6 +73,9 @@ void check_centroids(const Plan& plan, const ConstTensor& centroids, bool output
   check_tensor(centroids, {"centroids", p.dtype, {plan.max_blocks(), p.kv_heads, p.head_dim}, output});
 }
 
+// The transpose is not that of the ids, or not yet: attend refuses it until index has written it.
+void mark_stale(const Selection& selection) { *static_cast<std::int64_t*>(selection.offsets.data) = -1; }
+
 // The backend is chosen here and nowhere else.
 #define MOBA_STEP(plan, step) ((plan).options().backend == Backend::reference ? reference::step : cpu::step)
 
@@ -161,6 +164,7 @@ Selection make_selection(const Plan& plan, std::span<std::byte> memory, bool sha
   selection.counts = take(DType::i32, {p.total_q, heads});
   selection.offsets = take(DType::i64, {p.kv_heads * plan.max_blocks() + 1});
   selection.rows = take(DType::i32, {p.total_q * p.q_heads * slots});
+  mark_stale(selection);
   return selection;
 }
 
@@ -197,7 +201,7 @@ void gate(const Plan& plan, const Inputs& inputs, const ConstTensor& centroids, 
   check_no_overlap(written, read);
   if (selection.offsets.given()) {
     check_selection_transpose(plan.impl(), selection);
-    *static_cast<std::int64_t*>(selection.offsets.data) = -1;  // what stood there is of other ids; index writes it anew
+    mark_stale(selection);
   }
   MOBA_STEP(plan, gate)(call, tidy(centroids), tidy(selection));
 }

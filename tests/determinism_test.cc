@@ -150,6 +150,55 @@ TEST(Independence, RowsAreIndependent) {
   }
 }
 
+// Whether forward selects is settled in the plan, by the longest sequence allowed: a short sequence, all of whose
+// blocks are chosen, has the bits that attend gives it alone, whatever it is packed with.
+TEST(Independence, ShortSequencesOfAPack) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const bool causal : {true, false}) {
+      Case c{
+          .dtype = dtype, .q_heads = 6, .kv_heads = 2, .head_dim = 32, .q_lengths = {90, 400}, .k_lengths = {90, 400}};
+      c.config = {.block_size = 50, .top_k = 2, .causal = causal};
+      const Data data(c);
+      for (const Options& options : cpu_kernels(dtype)) {
+        SCOPED_TRACE(::testing::Message() << c << ", " << describe(options));
+        const Attention whole = Runner(c.problem(), options).forward(data.inputs());
+        const auto expect_rows = [&](const Attention& got, std::int64_t first) {
+          for (std::int64_t i = 0; i < got.out.dim(0); ++i) {
+            for (std::int64_t head = 0; head < 6; ++head) {
+              ASSERT_EQ(got.lse.get(head, i), whole.lse.get(head, first + i)) << "token " << first + i;
+              for (std::int64_t x = 0; x < 32; ++x)
+                ASSERT_EQ(got.out.get(i, head, x), whole.out.get(first + i, head, x)) << "token " << first + i;
+            }
+          }
+        };
+        for (const std::size_t s : {0, 1}) {
+          const std::int64_t first = s == 0 ? 0 : 90, length = c.k_lengths[s];
+          const auto rows_of = [&](ConstTensor t) {
+            t.data = static_cast<const std::byte*>(t.data) +
+                     first * t.stride[0] * static_cast<std::int64_t>(size_in_bytes(dtype));
+            t.shape[0] = length;
+            return t;
+          };
+          // The other sequence without its queries: the same plan but for their number.
+          Case only = c;
+          only.q_lengths[1 - s] = 0;
+          const Array starts_q = starts(only.q_lengths);
+          Inputs inputs = data.inputs();
+          inputs.q = rows_of(inputs.q);
+          inputs.cu_seqlens_q = starts_q.tensor();
+          expect_rows(Runner(only.problem(), options).forward(inputs), first);
+          // By itself, stage by stage.
+          only.q_lengths = only.k_lengths = {length};
+          inputs = {inputs.q, rows_of(inputs.k), rows_of(inputs.v), {}, {}};
+          Runner alone(only.problem(), options);
+          Chosen chosen = alone.select(inputs);
+          expect_rows(alone.attend(inputs, chosen), first);
+        }
+      }
+    }
+  }
+}
+
 // One plan, shared; each call with a workspace and results of its own.
 TEST(Independence, CallsMayRunSideBySide) {
   Rope rope;

@@ -50,17 +50,54 @@ TEST(Plan, SlotsAndBlocks) {
   EXPECT_EQ(plan(2, 100, 0, 1, 3).max_blocks(), 100);
 }
 
+// forward selects, or is full attention: settled by the longest sequence that the plan allows, before any call.
+TEST(Plan, ForwardIsSettledInThePlan) {
+  const auto plan_of = [](std::int64_t longest, const Options& options) {
+    return Plan({.q_heads = 8,
+                 .head_dim = 8,
+                 .batch = 1 << 14,
+                 .total_q = 1 << 20,
+                 .total_k = 1 << 20,
+                 .max_seqlen_k = longest,
+                 .config = {.block_size = 50, .top_k = 2}},
+                options);
+  };
+  for (const Options& options : {reference_options(), Options{.threads = 2}}) {
+    const Plan all = plan_of(100, options), some = plan_of(101, options);
+    EXPECT_LT(all.workspace_bytes(), all.selection_bytes() / 2);
+    EXPECT_GT(some.workspace_bytes(), some.selection_bytes());
+  }
+  EXPECT_NE(plan_of(100, {}).kernels().find("full attention"), std::string::npos);
+  EXPECT_EQ(plan_of(101, {}).kernels().find("full attention"), std::string::npos);
+
+  // Two sequences all of whose blocks are chosen, in a plan that allows longer ones.
+  Case c{.head_dim = 32, .q_lengths = {100, 90}, .k_lengths = {100, 90}, .config = {.block_size = 50, .top_k = 2}};
+  const Data data(c);
+  for (const Options& options : cpu_kernels(c.dtype)) {
+    Runner full(c.problem(), options);
+    EXPECT_EQ(full.forward(data.inputs()).bits(), full.dense(data.inputs()).bits());
+    Problem longer = c.problem();
+    longer.max_seqlen_k = 101;
+    Runner run(longer, options);
+    Chosen chosen = run.select(data.inputs());
+    EXPECT_EQ(run.forward(data.inputs()).bits(), run.attend(data.inputs(), chosen).bits());
+  }
+}
+
 // As large as an int64 can be: more than any sequence has.
 TEST(Plan, HugeBlocksAndTopK) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
+  struct Huge {
+    std::int64_t block_size, top_k;
+  };
   for (const bool causal : {true, false}) {
-    for (const std::int64_t block_size : {kMost, std::int64_t{20}}) {
+    for (const auto& [block_size, top_k] : {Huge{kMost, kMost}, {kMost, 1}, {kMost - 1, 2}, {20, kMost}, {1, kMost}}) {
       Case c{
-          .q_lengths = {50}, .k_lengths = {70}, .config = {.block_size = block_size, .top_k = kMost, .causal = causal}};
+          .q_lengths = {50}, .k_lengths = {70}, .config = {.block_size = block_size, .top_k = top_k, .causal = causal}};
       const Data data(c);
       for (const Options& options : {reference_options(), Options{.threads = 2}}) {
         Runner run(c.problem(), options);
-        EXPECT_EQ(run.plan().max_blocks(), block_size == kMost ? 1 : 4);
+        EXPECT_EQ(run.plan().max_blocks(), block_size > 70 ? 1 : (70 + block_size - 1) / block_size);
         Chosen chosen = run.select(data.inputs());
         EXPECT_TRUE(well_formed(c, chosen));
         EXPECT_TRUE(close(run.attend(data.inputs(), chosen), dense_f64(run, data.inputs()), c.dtype));
@@ -68,6 +105,16 @@ TEST(Plan, HugeBlocksAndTopK) {
         EXPECT_EQ(run.plan().arithmetic().attend, run.plan().arithmetic().dense);
       }
     }
+  }
+  // Packed: a huge block is one of each sequence.
+  Case c{.q_lengths = {50, 0, 3, 1}, .k_lengths = {70, 4, 0, 1}, .config = {.block_size = kMost, .top_k = kMost}};
+  const Data data(c);
+  for (const Options& options : {reference_options(), Options{.threads = 2}}) {
+    Runner run(c.problem(), options);
+    Chosen chosen = run.select(data.inputs());
+    EXPECT_TRUE(well_formed(c, chosen));
+    EXPECT_TRUE(close(run.attend(data.inputs(), chosen), dense_f64(run, data.inputs()), c.dtype));
+    EXPECT_TRUE(close(run.forward(data.inputs()), dense_f64(run, data.inputs()), c.dtype));
   }
 }
 
@@ -133,7 +180,7 @@ TEST(Plan, ArithmeticIsWhatCountingGives) {
 }
 
 TEST(Plan, SaysWhichKernels) {
-  Problem p{.dtype = DType::bf16, .total_q = 10, .total_k = 10};
+  Problem p{.dtype = DType::bf16, .total_q = 10, .total_k = 10, .config = {.block_size = 2, .top_k = 3}};
   EXPECT_EQ(Plan(p, reference_options()).kernels(), "reference, float64, 1 thread");
   ASSERT_FALSE(cpu_targets().empty());
   EXPECT_NE(Plan(p).kernels().find("cpu " + cpu_targets().front()), std::string::npos) << "the best one by default";
@@ -148,33 +195,31 @@ TEST(Plan, SaysWhichKernels) {
   const bool pairs = Plan(p, automatic).kernels().find("pair products") != std::string::npos;
   EXPECT_EQ(pairs, bf16_support().preferred);
   EXPECT_TRUE(bf16_support().available || !bf16_support().preferred);
+  p.config.top_k = 5;  // every block
+  EXPECT_NE(Plan(p).kernels().find("full attention"), std::string::npos);
 }
 
-TEST(Plan, CopiesAndMoves) {
-  Case c{.q_lengths = {100}, .k_lengths = {100}};
-  Rope rope;
-  c.rope = rope;
+TEST(Plan, CopiesStandAlone) {
+  Case c{.q_lengths = {100}, .k_lengths = {100}, .rope = Rope{}};
   const Data data(c);
   std::optional<Plan> first(std::in_place, c.problem(), Options{.threads = 2});
   Attention expected(first->problem()), got(first->problem());
   std::vector<std::byte> workspace(first->workspace_bytes());
   forward(*first, data.inputs(), expected.outputs(), workspace);
-  Plan copy = *first;
-  first.reset();  // the copy stands alone
-  forward(copy, data.inputs(), got.outputs(), workspace);
-  EXPECT_EQ(got.bits(), expected.bits());
-  const Plan moved = std::move(copy);
-  forward(moved, data.inputs(), got.outputs(), workspace);
+  std::vector<Plan> plans{*first};
+  first.reset();
+  forward(plans[0], data.inputs(), got.outputs(), workspace);
   EXPECT_EQ(got.bits(), expected.bits());
   Plan assigned(Problem{.total_q = 1, .total_k = 1});
-  assigned = moved;
-  EXPECT_EQ(assigned.workspace_bytes(), moved.workspace_bytes());
-  Plan& same = assigned;
+  assigned = plans[0];
+  const Plan& same = assigned;
   assigned = same;
-  forward(assigned, data.inputs(), got.outputs(), workspace);
-  EXPECT_EQ(got.bits(), expected.bits());
-  copy = std::move(assigned);
-  EXPECT_EQ(copy.workspace_bytes(), moved.workspace_bytes());
+  const Plan taken = std::move(plans[0]);  // NOLINT: there is no move, so the one taken from goes on
+  for (const Plan* plan : std::initializer_list<const Plan*>{&assigned, &taken, &plans[0]}) {
+    forward(*plan, data.inputs(), got.outputs(), workspace);
+    EXPECT_EQ(got.bits(), expected.bits());
+    EXPECT_EQ(plan->kernels(), taken.kernels());
+  }
 }
 
 // workspace_bytes() of memory at any address, between guards, for every function.

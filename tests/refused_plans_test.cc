@@ -109,13 +109,12 @@ std::vector<BadRope> bad_ropes() {
   for (const std::int64_t dim : {-2, 1, 7, 63, 65, 66, 128}) {
     add("rope.rotary_dim", RopeScaling::none, [=](Rope& r) { r.rotary_dim = dim; });
   }
-  for (const double base : {0.0, -1.0, kInf, kNaN})
-    add("rope.base", RopeScaling::none, [=](Rope& r) { r.base = base; });
-  add("rope.base", RopeScaling::yarn, [](Rope& r) { r.base = 1.0; });
-  // A frequency of base^(-62 / 64) is no finite number.
-  for (const RopeScaling scaling : {RopeScaling::none, RopeScaling::linear, RopeScaling::llama3}) {
-    for (const double base : {1e-320, 5e-324}) add("rope.base", scaling, [=](Rope& r) { r.base = base; });
+  // With the smallest a frequency, base^(-62 / 64), is no finite number.
+  for (const RopeScaling scaling : {RopeScaling::none, RopeScaling::linear, RopeScaling::llama3, RopeScaling::yarn}) {
+    for (const double base : {0.0, -1.0, kInf, kNaN, 0.99, 1e-320, 5e-324})
+      add("rope.base", scaling, [=](Rope& r) { r.base = base; });
   }
+  add("rope.base", RopeScaling::yarn, [](Rope& r) { r.base = 1.0; });
   add("rope.style", RopeScaling::none, [](Rope& r) { r.style = static_cast<RopeStyle>(5); });
   add("rope.scaling", RopeScaling::none, [](Rope& r) { r.scaling = static_cast<RopeScaling>(5); });
   for (const RopeScaling scaling : {RopeScaling::linear, RopeScaling::llama3, RopeScaling::yarn}) {
@@ -253,7 +252,7 @@ TEST(RefusedPlans, EdgesAreAccepted) {
     p.config.scale = scale;
     EXPECT_NO_THROW(Plan(p, {}));
   }
-  for (const double base : {1e-300, 1e-3, 1.0, 1e300}) {
+  for (const double base : {1.0, 1e300}) {
     p = good_problem();
     p.rope = rope_of(RopeScaling::none);
     p.rope->base = base;

@@ -209,6 +209,49 @@ TEST(Rope, UsesTheCallersTableAsItIs) {
   }
 }
 
+// Queries before the first key have no row in a table of the caller's. Which sequences have any shows in cu_seqlens
+// only: the totals and the longest lengths do not tell.
+TEST(Rope, TheCallersTableHasNoNegativePositions) {
+  struct Lengths {
+    std::vector<std::int64_t> q, k;
+  };
+  for (const auto& [q_lengths, k_lengths] :
+       {Lengths{{10, 0}, {0, 10}}, {{3, 7}, {4, 6}}, {{0, 5, 5}, {0, 9, 1}}, {{11}, {10}}, {{2}, {0}}}) {
+    Case c{.head_dim = 20, .q_lengths = q_lengths, .k_lengths = k_lengths, .config = {.block_size = 4, .top_k = 2}};
+    const std::int64_t rows = std::ranges::max(k_lengths);
+    Array cos(DType::f32, {rows, 10}, {.tight = true}), sin(DType::f32, {rows, 10}, {.tight = true});
+    c.rope = Rope{};
+    c.rope->cos = std::as_const(cos).tensor();
+    c.rope->sin = std::as_const(sin).tensor();
+    std::vector<Options> all = cpu_kernels(c.dtype);
+    all.push_back(reference_options());
+    for (const Options& options : all) {
+      SCOPED_TRACE(::testing::Message() << c << ", " << describe(options));
+      const Data data(c);
+      const Plan plan(c.problem(), options);
+      std::vector<std::byte> workspace(plan.workspace_bytes());
+      Attention result(plan.problem());
+      Array q(c.dtype, {c.total_q(), c.q_heads, 20}), k(c.dtype, {c.total_k(), c.kv_heads, 20});
+      const auto expect_refused = [&](const char* function, auto call) {
+        try {
+          call();
+          ADD_FAILURE() << function << " accepts it";
+        } catch (const Error& error) {
+          EXPECT_NE(std::string(error.what()).find("cu_seqlens_q"), std::string::npos)
+              << function << ": " << error.what();
+        }
+      };
+      expect_refused("rope", [&] { rope(plan, data.inputs(), q.tensor(), k.tensor(), workspace); });
+      expect_refused("forward", [&] { forward(plan, data.inputs(), result.outputs(), workspace); });
+      expect_refused("dense", [&] { dense(plan, data.inputs(), result.outputs(), workspace); });
+      EXPECT_TRUE(result.out.untouched() && result.lse.untouched() && q.untouched() && k.untouched());
+      Chosen chosen(plan);  // what does not rotate needs no rows
+      EXPECT_NO_THROW(select(plan, data.inputs(), chosen.selection(), workspace));
+      EXPECT_NO_THROW(attend(plan, data.inputs(), chosen.selection(), result.outputs(), workspace));
+    }
+  }
+}
+
 // forward rotates by itself what rope rotates beforehand.
 TEST(Rope, ForwardRotates) {
   for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {

@@ -328,7 +328,7 @@ std::vector<Options> cpu_kernels(DType dtype, int threads) {
     options.cpu_target = target;
     options.bf16_products = Bf16Products::widen;
     kernels.push_back(options);
-    if (dtype != DType::bf16 || target != "AVX3" || !bf16_support().available) continue;
+    if (dtype != DType::bf16 || !target.starts_with("AVX3") || !bf16_support().available) continue;
     options.bf16_products = Bf16Products::dot;
     kernels.push_back(options);
   }

@@ -1,5 +1,7 @@
 // The operator and its stages. Every function takes a Plan (shapes, memory, kernels) and views of the caller's memory;
-// none keeps a pointer after it returns. All throw moba::Error before anything is written when an argument is refused.
+// none keeps a pointer after it returns. All throw moba::Error before anything is written when an argument is refused,
+// and std::bad_alloc if there is no memory for the few small things they allocate (a list of the sequences, threads'
+// tasks).
 //
 // Shapes: Tq, Tk tokens of the packed batch, Hq query heads, Hk key heads, g = Hq / Hk, d head dim. docs/spec.md
 // defines the computation; arXiv 2502.13189 is where it comes from.
@@ -21,15 +23,16 @@ struct Inputs {
   ConstTensor cu_seqlens_q, cu_seqlens_k;
 };
 
-// out [Tq, Hq, d] of the plan's dtype. lse f32 [Hq, Tq], natural logarithm of the sum of exp(scale * q . k); may be
-// left out. A row with no key: out = 0, lse = -inf.
+// out [Tq, Hq, d] of the plan's dtype, last stride 1. lse f32 [Hq, Tq], any strides, natural logarithm of the sum of
+// exp(scale * q . k); may be left out. A row with no key: out = 0, lse = -inf.
 struct Outputs {
   Tensor out;
   Tensor lse;
 };
 
 // Which blocks each row attends to, and the transpose of that. Blocks are numbered from 0 in each sequence; in the
-// transpose they are numbered through the batch, sequence after sequence.
+// transpose they are numbered through the batch, sequence after sequence. The last stride of ids is 1, counts may have
+// any, offsets and rows are contiguous.
 struct Selection {
   Tensor ids;      // i32 [Tq, Hs, slots], ascending, then -1; Hs = Hq, or Hk: shared by the g heads of a key head
   Tensor counts;   // i32 [Tq, Hs], ids that are not -1
@@ -45,7 +48,8 @@ struct Stream {
   void* handle = nullptr;
 };
 
-// The whole operator: rope (if the plan has one), pool, gate, index, attend, merge.
+// The whole operator: rope (if the plan has one), pool, gate, index, attend. Where ceil(max_seqlen_k / block_size) <=
+// top_k every row would choose every block it sees: then it is dense(), to the bit, and kernels() says so.
 MOBA_EXPORT void forward(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace,
                          Stream stream = {});
 
@@ -58,7 +62,8 @@ MOBA_EXPORT void dense(const Plan& plan, const Inputs& inputs, const Outputs& ou
 // wants.
 MOBA_EXPORT Selection make_selection(const Plan& plan, std::span<std::byte> memory, bool shared = false);
 
-// ---- The stages. They take q and k as they are: call rope first where positions are to be rotated in. ----
+// ---- The stages. They take q and k as they are, whether or not the plan has a rope: call rope first where positions
+// are to be rotated in, and give its results to the others. ----
 
 // rope: rotated copies q_rotated [Tq, Hq, d] and k_rotated [Tk, Hk, d]. The plan must have a rope.
 MOBA_EXPORT void rope(const Plan& plan, const Inputs& inputs, const Tensor& q_rotated, const Tensor& k_rotated,
@@ -70,7 +75,8 @@ MOBA_EXPORT void pool(const Plan& plan, const Inputs& inputs, const Tensor& cent
                       Stream stream = {});
 
 // gate: the chosen ids of every row, from q and the centroids (or any block representatives of the caller's). Writes
-// selection.ids, which must hold Hq heads, and counts.
+// selection.ids, which must hold Hq heads, and counts. The transpose, if given, is marked as out of date (offsets[0] =
+// -1): attend refuses it until index has run.
 MOBA_EXPORT void gate(const Plan& plan, const Inputs& inputs, const ConstTensor& centroids, const Selection& selection,
                       Workspace workspace, Stream stream = {});
 

@@ -13,7 +13,8 @@ struct Config {
   std::int64_t block_size = 128;  // B, keys per block, >= 1; blocks restart at each sequence, the last may be short
   std::int64_t top_k = 8;         // k >= 1 blocks per (query, query head); causal: the own block counts among them
   bool causal = true;             // token-level causal mask, bottom-right aligned where len_q != len_k
-  std::optional<double> scale;  // factor on q . k in the attention, finite; default 1 / sqrt(d). The gate never scales
+  std::optional<double>
+      scale;  // factor on q . k in the attention, up to 2e38 either way; default 1 / sqrt(d). The gate never scales
 };
 
 enum class RopeStyle : std::uint8_t {
@@ -28,7 +29,7 @@ enum class RopeScaling : std::uint8_t { none, linear, llama3, yarn };
 struct Rope {
   RopeStyle style = RopeStyle::half_split;
   std::int64_t rotary_dim = 0;  // even, <= d; the dimensions from rotary_dim on pass unrotated; 0 means d
-  double base = 10000.0;        // inverse frequency of pair i: base^(-2i / rotary_dim)
+  double base = 10000.0;        // >= 1; inverse frequency of pair i: base^(-2i / rotary_dim)
   RopeScaling scaling = RopeScaling::none;
   double factor = 1.0;                     // linear, llama3, yarn: context extension factor, >= 1
   double original_max_position = 8192;     // llama3, yarn: context length of the unscaled model, in tokens

@@ -72,8 +72,8 @@ class MOBA_EXPORT Plan {
   const Problem& problem() const;
   const Options& options() const;
 
-  // Bytes of scratch that any function taking this plan may use: all the memory a call takes beyond its tensors.
-  // (The reference backend allocates some more inside its loops.)
+  // Bytes of scratch that any function taking this plan may use: all the memory a call takes beyond its tensors, but
+  // for about 100 bytes a sequence of the batch. (The reference backend allocates some more inside its loops.)
   std::size_t workspace_bytes() const;
   // Bytes of a Selection (moba/attention.h), shared by the heads of a key head or not.
   std::size_t selection_bytes(bool shared = false) const;
@@ -81,7 +81,7 @@ class MOBA_EXPORT Plan {
   std::int64_t slots() const;
   // Upper bound on the blocks of a batch: rows of the centroids tensor.
   std::int64_t max_blocks() const;
-  // Threads that a call uses.
+  // Threads that a call uses at most.
   int threads() const;
   // The kernels chosen, for people: "cpu AVX3, float32 FMA, 2 threads".
   std::string kernels() const;

@@ -365,9 +365,9 @@ HWY_EXPORT(AttendTask);
 
 namespace {
 
-void attend_chunks(const Call& call, const Selection* selection, const Outputs& outputs, std::int64_t chunk_rows) {
+void attend_chunks(const Call& call, const Selection* selection, const Outputs& outputs, std::int64_t step) {
   const std::int64_t tokens = call.plan.problem.total_q, heads = call.plan.problem.kv_heads;
-  const std::int64_t step = std::max<std::int64_t>(1, chunk_rows / call.plan.group), chunks = ceil_div(tokens, step);
+  const std::int64_t chunks = ceil_div(tokens, step);
   const auto task = MOBA_KERNEL(AttendTask, call.plan.cpu_target);
   // The last chunks first: under a causal mask they are the longest.
   parallel_for(call.plan.threads, chunks * heads, [&](std::int64_t i, int slot) {
@@ -381,10 +381,10 @@ void attend_chunks(const Call& call, const Selection* selection, const Outputs& 
 }  // namespace
 
 void attend(const Call& call, const Selection& selection, const Outputs& outputs) {
-  attend_chunks(call, &selection, outputs, call.plan.attend_rows);
+  attend_chunks(call, &selection, outputs, attend_tokens(call.plan));
 }
 
-void dense(const Call& call, const Outputs& outputs) { attend_chunks(call, nullptr, outputs, call.plan.dense_rows); }
+void dense(const Call& call, const Outputs& outputs) { attend_chunks(call, nullptr, outputs, dense_tokens(call.plan)); }
 
 }  // namespace moba::cpu
 #endif

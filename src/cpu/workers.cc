@@ -23,6 +23,16 @@ std::int64_t attend_rows(const Plan::Impl& plan) {
   return std::max<std::int64_t>(std::min({wanted, share, bytes_limit}), 512);
 }
 
+// Threads that can be at work at once in a step that takes scratch: no more than the most tasks of any.
+std::int64_t busy_threads(const Plan::Impl& plan) {
+  const Problem& p = plan.problem;
+  const auto row_tasks = [&](std::int64_t tokens) { return ceil_div(p.total_q, tokens) * p.kv_heads; };
+  const std::int64_t rope = ceil_div(p.total_q, RopeTable::kRun) + ceil_div(p.total_k, RopeTable::kRun);
+  const std::int64_t tasks =
+      std::max({rope, row_tasks(gate_tokens(plan)), row_tasks(attend_tokens(plan)), row_tasks(dense_tokens(plan))});
+  return std::clamp<std::int64_t>(tasks, 1, plan.threads);
+}
+
 }  // namespace
 
 AttendScratch::AttendScratch(Carver& carver, std::int64_t rows, std::int64_t head_dim)
@@ -55,16 +65,15 @@ void prepare(Plan::Impl& plan) {
   plan.bf16_dot = can_dot && (plan.options.bf16_products == Bf16Products::dot ||
                               (plan.options.bf16_products == Bf16Products::automatic && bf16.preferred));
   plan.attend_rows = attend_rows(plan);
-  plan.dense_rows = 1024;
-  const auto task_rows = [&](std::int64_t rows) { return std::max(rows, plan.group); };
+  plan.dense_rows = 1024;  // with d = 128 their queries and outputs take 1 MiB: they stay in L2 while all keys pass
   Carver attend, dense, gate, rope;
-  AttendScratch(attend, task_rows(plan.attend_rows), plan.problem.head_dim);
-  AttendScratch(dense, task_rows(plan.dense_rows), plan.problem.head_dim);
+  AttendScratch(attend, attend_tokens(plan) * plan.group, plan.problem.head_dim);
+  AttendScratch(dense, dense_tokens(plan) * plan.group, plan.problem.head_dim);
   GateScratch(gate, plan);
   if (plan.rope) RopeScratch(rope, plan);
   plan.scratch_per_thread = std::max({attend.used(), dense.used(), gate.used(), rope.used()});
   const std::int64_t counters = index_chunks(plan) * plan.problem.kv_heads * plan.max_blocks;
-  plan.scratch_bytes = std::max(plan.scratch_per_thread * static_cast<std::size_t>(plan.threads),
+  plan.scratch_bytes = std::max(plan.scratch_per_thread * static_cast<std::size_t>(busy_threads(plan)),
                                 static_cast<std::size_t>(counters) * sizeof(std::int64_t));
 }
 

@@ -112,6 +112,14 @@ inline std::int64_t index_chunks(const Plan::Impl& plan) {
 // Query tokens of one gate task: about 1024 rows, against which packing the centroids weighs little.
 inline std::int64_t gate_tokens(const Plan::Impl& plan) { return std::max<std::int64_t>(1, 1024 / plan.group); }
 
+// The same of attend and dense.
+inline std::int64_t attend_tokens(const Plan::Impl& plan) {
+  return std::max<std::int64_t>(1, plan.attend_rows / plan.group);
+}
+inline std::int64_t dense_tokens(const Plan::Impl& plan) {
+  return std::max<std::int64_t>(1, plan.dense_rows / plan.group);
+}
+
 // Fills in the cpu part of a plan: target, kernels, task sizes, scratch.
 void prepare(Plan::Impl& plan);
 
