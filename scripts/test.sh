@@ -9,6 +9,8 @@
 #   build     Release, warnings are errors
 #   tests     ctest
 #   package   installs to build/check, then builds examples/consumer against that, by find_package and by pkg-config
+#   demo      the program on data/, as ./scripts/demo.sh runs it: it ends well, and leaves a picture
+#   figures   the benchmarks, once each: every figure that README.md quotes is printed. What it is, is not looked at
 #   embed     the same example with the library inside its own build (add_subdirectory), static; then that installed
 #   tidy      clang-tidy, with the checks of .clang-tidy
 #   asan      build and ctest with the address and undefined-behaviour sanitizers
@@ -18,12 +20,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib.sh
 source scripts/lib.sh
 
-every_phase=(format build tests package embed tidy asan tsan)
+every_phase=(format build tests package demo figures embed tidy asan tsan)
 phases=(build tests package)
 [[ ${CI:-} == true || ${CI:-} == 1 ]] && phases=("${every_phase[@]}")
 case ${1:-} in
   -h | --help)
-    sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit
     ;;
   --all) phases=("${every_phase[@]}") ;;
@@ -77,6 +79,30 @@ run_package() {
   [[ -z $strangers ]] || die "libmoba.so shows names that are not moba's: $strangers"
 }
 
+run_demo() {
+  local picture=$check/selection.svg
+  rm -f "$picture"
+  build/ci/bin/moba compare data/smollm2-135m-layer15.safetensors --block-size 128 --top-k 8 --rope-base 100000 \
+    --svg "$picture"
+  grep -q '<path\|<rect' "$picture" || die "the picture is empty: $picture"
+  [[ $(tail -n 1 "$picture") == *'</svg>' ]] || die "the picture is cut short: $picture"
+}
+
+# What README.md quotes of moba_bench.
+figures=(cpu.sgemm cpu.attend cpu.attend_over_sgemm cpu.attend_bf16_over_sgemm cpu.routing_share cpu.moba_over_dense
+  cpu.dense_over_sgemm cpu.flop_ratio cpu.peak_extra_mib)
+
+run_figures() {
+  local name printed missing=()
+  [[ -x build/ci/bin/moba_bench ]] || die "moba_bench is not built: ask for the phase build as well"
+  build/ci/bin/moba_bench --repetitions 1 | tee "$check/figures.txt"
+  for name in "${figures[@]}"; do
+    printed=$(awk -v name="$name" '$1 == "figure" && $2 == name && NF == 4 {++n} END {print n + 0}' "$check/figures.txt")
+    [[ $printed == 1 ]] || missing+=("$name ($printed times)")
+  done
+  [[ ${#missing[@]} == 0 ]] || die "figures that are not printed once: ${missing[*]}"
+}
+
 run_embed() {
   mkdir -p "$check/embed"
   cat >"$check/embed/CMakeLists.txt" <<EOF
@@ -117,13 +143,14 @@ run_asan() { sanitize asan-ubsan; }
 run_tsan() { sanitize tsan; }
 
 packages=()
-if chosen build || chosen tests || chosen asan || chosen tsan || chosen tidy || chosen package; then
+if chosen build || chosen tests || chosen asan || chosen tsan || chosen tidy || chosen package || chosen demo; then
   packages+=("${build_packages[@]}" "${program_packages[@]}" "${test_packages[@]}")
 elif chosen embed; then
   packages+=("${build_packages[@]}" "${test_packages[@]}")
 fi
 if chosen format || chosen tidy; then packages+=("${lint_packages[@]}"); fi
-if chosen tidy && chosen build; then
+if chosen figures; then packages+=("${bench_packages[@]}"); fi
+if chosen build && { chosen tidy || chosen figures; }; then
   with_bench=ON
   packages+=("${bench_packages[@]}")
 fi
@@ -134,7 +161,7 @@ summary=() failed=0 broken=0
 mkdir -p build/check
 for phase in "${every_phase[@]}"; do
   chosen "$phase" || continue
-  if [[ $broken == 1 && $phase =~ ^(tests|package|tidy)$ ]]; then
+  if [[ $broken == 1 && $phase =~ ^(tests|package|demo|figures|tidy)$ ]]; then
     summary+=("$(printf '%-8s not run: the build failed' "$phase")")
     continue
   fi

@@ -194,15 +194,15 @@ void gate(const Plan& plan, const Inputs& inputs, const ConstTensor& centroids, 
   const Call call = make_call(plan, inputs, kQ, workspace);
   check_centroids(plan, centroids, false);
   check_selection_rows(plan.impl(), selection, true);
-  const Region written[] = {
-      {"selection.ids", selection.ids}, {"selection.counts", selection.counts}, {"workspace", workspace}};
+  if (selection.offsets.given()) check_selection_offsets(plan.impl(), selection);
+  const Region written[] = {{"selection.ids", selection.ids},
+                            {"selection.counts", selection.counts},
+                            {"selection.offsets", selection.offsets},
+                            {"workspace", workspace}};
   std::vector<Region> read = regions(inputs, kQ);
   read.emplace_back("centroids", centroids);
   check_no_overlap(written, read);
-  if (selection.offsets.given()) {
-    check_selection_transpose(plan.impl(), selection);
-    mark_stale(selection);
-  }
+  if (selection.offsets.given()) mark_stale(selection);
   MOBA_STEP(plan, gate)(call, tidy(centroids), tidy(selection));
 }
 

@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "memory_use.h"
 #include "numeric.h"
 #include "stages.h"
 
@@ -88,25 +89,55 @@ struct LastTokens {
   Buffer starts;
 };
 
+// The reference's plans for the last `tokens` query tokens: as `plan`, for the selection; and in float32 with q and k
+// as they are, for the attention.
+struct ReferencePlans {
+  ReferencePlans(const Plan& plan, std::int64_t tokens)
+      : own(last_tokens(plan.problem(), tokens), kReference), exact(as_they_are(own.problem()), kReference) {}
+
+  const Plan own, exact;
+
+ private:
+  inline static const Options kReference{.backend = Backend::reference, .cpu_target = ""};
+
+  static Problem last_tokens(Problem problem, std::int64_t tokens) {
+    problem.total_q = std::min(tokens, problem.total_q);
+    problem.max_seqlen_q = std::min(problem.max_seqlen_q, problem.total_q);
+    return problem;
+  }
+  static Problem as_they_are(Problem problem) {
+    problem.dtype = DType::f32;
+    problem.rope.reset();
+    return problem;
+  }
+};
+
 }  // namespace
+
+double accuracy_bytes(const Plan& plan, std::int64_t tokens) {
+  const ReferencePlans plans(plan, tokens);
+  const MemoryUse own = memory_use(plans.own), exact = memory_use(plans.exact);
+  // Inside, the reference holds its result in float64, so too the rows of one key head, and the blocks of each row.
+  const Problem& problem = plans.exact.problem();
+  const double rows = exact.lse / sizeof(float), slots = static_cast<double>(plans.exact.slots());
+  const double inside = 2 * (exact.out + exact.lse) + 2 * exact.inputs() / static_cast<double>(problem.kv_heads) +
+                        rows * (16 * slots + 64);
+  return own.staged() + exact.inputs() + exact.dense() + static_cast<double>(plans.exact.selection_bytes()) + inside;
+}
 
 Accuracy check_accuracy(const Plan& plan, const AttentionFile& file, const Selection& selection,
                         const ConstTensor& moba_out, const ConstTensor& dense_out, std::int64_t tokens,
                         Progress& progress) {
+  const ReferencePlans plans(plan, tokens);
+  const Plan &own = plans.own, &exact = plans.exact;
   Accuracy result;
-  Problem problem = plan.problem();
-  result.tokens = std::min(tokens, problem.total_q);
-  result.rows = result.tokens * problem.q_heads;
-  const std::int64_t first = problem.total_q - result.tokens;
+  result.tokens = own.problem().total_q;
+  result.rows = result.tokens * own.problem().q_heads;
+  const std::int64_t first = plan.problem().total_q - result.tokens;
   const ConstTensor chosen = rows_from(selection.ids, first);
-  problem.total_q = result.tokens;
-  problem.max_seqlen_q = std::min(problem.max_seqlen_q, result.tokens);
-  Options options;
-  options.backend = Backend::reference;
 
   // The reference's own way from q and k to the chosen blocks.
   const LastTokens last(file, first);
-  const Plan own(problem, options);
   StagedForward routed(own, last.inputs);
   routed.route(progress);
   result.same_selection = equal_rows(chosen, routed.selection().ids);
@@ -117,9 +148,6 @@ Accuracy check_accuracy(const Plan& plan, const AttentionFile& file, const Selec
   wide.q = widen(wide.q, q);
   wide.k = widen(wide.k, k);
   wide.v = widen(wide.v, v);
-  problem.dtype = DType::f32;
-  problem.rope.reset();
-  const Plan exact(problem, options);
   const Buffer workspace(exact.workspace_bytes()), memory(exact.selection_bytes());
   const Selection same = make_selection(exact, memory.span());
   std::memcpy(same.ids.data, chosen.data, static_cast<std::size_t>(result.rows * exact.slots()) * sizeof(std::int32_t));

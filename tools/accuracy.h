@@ -23,6 +23,9 @@ struct Accuracy {
   RowErrors moba, dense;
 };
 
+// Bytes that check_accuracy takes beside what it is given.
+double accuracy_bytes(const Plan& plan, std::int64_t tokens);
+
 // Holds the last `tokens` query tokens (fewer where there are fewer) of what `plan` computed from `file` against
 // float64: the selection against the reference's own, `moba_out` against float64 attention over the blocks of
 // `selection`, `dense_out` against float64 attention over everything.

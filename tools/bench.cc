@@ -106,7 +106,8 @@ void bench(const BenchArguments& arguments) {
   if (!arguments.json.empty()) check_output(arguments.json);
   const TextProblem text = parse_problem(arguments.problem);
   const Plan plan(text.problem, text.options);
-  require_memory_for(plan);
+  const MemoryUse use = memory_use(plan);
+  require_memory(use.inputs() + use.staged());  // full attention comes when the stages' memory is free again
 
   std::printf("moba %s, %s, %s, %s, %d cores\n", version(), compiler().c_str(), build_type().c_str(),
               processor_name().c_str(), cores());

@@ -6,7 +6,16 @@
 #include <new>
 #include <span>
 
+#include "moba/tensor.h"
+
 namespace moba::cli {
+
+// Bytes of the elements of a tensor: of its memory, if it is contiguous.
+inline std::size_t bytes_of(const ConstTensor& tensor) {
+  std::size_t bytes = size_in_bytes(tensor.dtype);
+  for (int i = 0; i < tensor.rank; ++i) bytes *= static_cast<std::size_t>(tensor.shape[static_cast<std::size_t>(i)]);
+  return bytes;
+}
 
 class Buffer {
  public:

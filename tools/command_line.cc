@@ -30,7 +30,8 @@ Exit codes: 0 done, 1 refused input or failure, 2 wrong command line.)";
 const char* const kFileHelp = R"(
 The input holds q [Tq, Hq, d] and k, v [Tk, Hk, d], all F32, F16 or BF16, Hq a multiple of Hk. Sequences packed
 one after another are told apart by I32 cu_seqlens [sequences + 1] from 0 to the token count, or by cu_seqlens_q
-and cu_seqlens_k where queries and keys differ. Other tensors are passed over.
+and cu_seqlens_k where queries and keys differ. Other tensors are passed over. What takes more memory than the
+machine has, or than the control group (cgroup) of the process allows, is refused before it is allocated.
 )";
 
 // Every command's arguments live here while the command line is parsed and the command runs.
@@ -102,7 +103,7 @@ void add_compare(CLI::App& app, Parsed& parsed) {
   add_int(
       command, "--check-rows", 0, std::numeric_limits<std::int64_t>::max(),
       [&](std::int64_t x) { arguments.check_rows = x; },
-      "hold only the last N query tokens against float64 (default: all)");
+      "hold the last N query tokens against float64; 0: none (default " + std::to_string(arguments.check_rows) + ")");
   command.add_option("--svg", arguments.svg, "also write the picture of moba map")->type_name("FILE");
   add_attention_options(command, arguments.attention);
   command.footer(std::string(kFileHelp) + R"(

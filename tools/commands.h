@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <string>
 
@@ -32,8 +31,7 @@ struct CompareArguments {
   std::string input;
   std::string svg;  // empty: no picture
   AttentionOptions attention;
-  std::int64_t check_rows =
-      std::numeric_limits<std::int64_t>::max();  // query tokens held against float64, the last ones
+  std::int64_t check_rows = 4096;  // query tokens held against float64, the last ones
   int repeat = 3;
 };
 void compare(const CompareArguments& arguments);  // compare.cc

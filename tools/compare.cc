@@ -72,7 +72,9 @@ void compare_with_float64(const CompareArguments& arguments, const AttentionFile
                               arguments.check_rows, progress);
   }
   const std::string rows = std::to_string(accuracy.rows), same = std::to_string(accuracy.same_selection);
-  std::printf("\nerror against float64, relative per row, %s rows\n", rows.c_str());
+  const char* which = accuracy.tokens == plan.problem().total_q ? "all" : "the last";
+  std::printf("\nerror against float64, relative per row, over %s %s query tokens (%s rows)\n", which,
+              std::to_string(accuracy.tokens).c_str(), rows.c_str());
   std::printf("%-8s %12s %12s\n", "", "max", "median");
   print_errors("MoBA", accuracy.moba);
   print_errors("dense", accuracy.dense);
@@ -101,7 +103,10 @@ void compare(const CompareArguments& arguments) {
   if (!arguments.svg.empty()) check_output(arguments.svg);
   const AttentionFile file = read_attention_file(arguments.input);
   const Plan plan(file.problem(arguments.attention), arguments.attention.options);
-  require_memory_for(plan);
+  const MemoryUse use = memory_use(plan);
+  const double checks = arguments.check_rows > 0 ? accuracy_bytes(plan, arguments.check_rows) : 0;
+  // The workspace of full attention is free again when the checks begin.
+  require_memory(use.inputs() + use.staged() + use.out + use.lse + std::max(use.workspace, checks));
   std::printf("%s: %s\n", arguments.input.c_str(), file.describe().c_str());
   std::printf("%s; %s\n\n", describe_attention(plan.problem(), true).c_str(), plan.kernels().c_str());
   std::fflush(stdout);  // what follows can take a while

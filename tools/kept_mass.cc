@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <limits>
 
 #include "text.h"
 
@@ -30,7 +31,9 @@ std::vector<KeptMass> kept_mass(const Problem& problem, const std::vector<std::i
       const std::int64_t k_len = starts_k[s + 1] - starts_k[s];
       const std::int64_t first_position = k_len - (starts_q[s + 1] - starts_q[s]);
       for (std::int64_t row = starts_q[s]; row < starts_q[s + 1]; ++row) {
-        if (!std::isfinite(moba_row[row]) || !std::isfinite(dense_row[row])) continue;
+        // -inf against a finite lse: none of what the row attends to is in the chosen blocks.
+        const bool none = moba_row[row] == -std::numeric_limits<float>::infinity();
+        if (!std::isfinite(dense_row[row]) || !(std::isfinite(moba_row[row]) || none)) continue;
         // Rounding may put the kept part a hair above the whole.
         const double mass =
             std::min(1.0, std::exp(static_cast<double>(moba_row[row]) - static_cast<double>(dense_row[row])));

@@ -17,7 +17,8 @@ struct KeptMass {
 };
 
 // One entry per query head, over the rows of the sequences [first_sequence, last_sequence). `moba` and `dense` are lse
-// [Hq, Tq] of the same inputs. Rows without keys or with an lse that is not finite are left out.
+// [Hq, Tq] of the same inputs. Rows without keys or with an lse that is NaN or
+// +inf are left out; one whose keys with any weight were all passed over (the lse of `moba` is -inf) kept 0.
 std::vector<KeptMass> kept_mass(const Problem& problem, const std::vector<std::int64_t>& starts_q,
                                 const std::vector<std::int64_t>& starts_k, const ConstTensor& moba,
                                 const ConstTensor& dense, std::int64_t first_sequence, std::int64_t last_sequence);

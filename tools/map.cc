@@ -21,7 +21,8 @@ void map(const MapArguments& arguments) {
     throw Error("--sequence: is " + std::to_string(arguments.sequence) + "; the file holds " + std::to_string(batch) +
                 " sequences, numbered from 0");
   }
-  require_memory_for(plan);
+  const MemoryUse use = memory_use(plan);
+  require_memory(use.inputs() + use.staged() + use.dense());
   StagedForward forward(plan, file.inputs);
   const Results full(plan);
   {

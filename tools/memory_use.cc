@@ -25,12 +25,8 @@ MemoryUse memory_use(const Plan& plan) {
 
 void require_memory(double bytes) {
   if (bytes <= memory_bytes()) return;
-  throw Error("memory: " + format_bytes(bytes) + " are needed; this machine has " + format_bytes(memory_bytes()));
-}
-
-void require_memory_for(const Plan& plan) {
-  const MemoryUse use = memory_use(plan);
-  require_memory(use.q + use.k + use.v + use.out + use.lse + use.workspace + use.stages);
+  throw Error("memory: " + format_bytes(bytes) + " are needed; this process may have " + format_bytes(memory_bytes()) +
+              ", the memory of the machine or the limit of its control group");
 }
 
 }  // namespace moba::cli

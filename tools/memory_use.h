@@ -9,16 +9,17 @@ namespace moba::cli {
 struct MemoryUse {
   double q = 0, k = 0, v = 0, out = 0, lse = 0;
   double workspace = 0;  // all that a call takes beyond its tensors
-  double stages =
-      0;  // tensors between the stages, for who calls them one by one: rotated q and k, centroids, selection
+  double stages = 0;     // between the stages, for who calls them one by one: rotated q and k, centroids, selection
+
+  double inputs() const { return q + k + v; }
+  // What the types of stages.h take beside the inputs: full attention with its Results, and a StagedForward.
+  double dense() const { return out + lse + workspace; }
+  double staged() const { return dense() + stages; }
 };
 
 MemoryUse memory_use(const Plan& plan);
 
-// Refuses (moba::Error) what this machine has no memory for: `bytes` are about to be allocated.
+// Refuses (moba::Error) to allocate more bytes than memory_bytes() (machine.h) allows this process in all.
 void require_memory(double bytes);
-
-// The same for the tensors of a plan, with those that the stages make one by one.
-void require_memory_for(const Plan& plan);
 
 }  // namespace moba::cli

@@ -24,7 +24,7 @@ void print_memory(const Plan& plan) {
   line("workspace", use.workspace, "all that a call takes beyond the tensors above");
   line("total", use.q + use.k + use.v + use.out + use.lse + use.workspace, "");
   line("selection", static_cast<double>(plan.selection_bytes()),
-       "part of the workspace, or of its own for who calls the stages one by one");
+       "for who calls the stages one by one; otherwise in the workspace, if there is one to make");
 }
 
 void print_arithmetic(const Arithmetic& arithmetic) {

@@ -35,7 +35,8 @@ void run(const RunArguments& arguments) {
   check_output(arguments.output);
   const AttentionFile file = read_attention_file(arguments.input);
   const Plan plan(file.problem(arguments.attention), arguments.attention.options);
-  require_memory_for(plan);
+  const MemoryUse use = memory_use(plan);
+  require_memory(use.inputs() + use.staged());
   StagedForward forward(plan, file.inputs);
   std::vector<StageTime> times;
   {
@@ -51,7 +52,8 @@ void dense(const RunArguments& arguments) {
   check_output(arguments.output);
   const AttentionFile file = read_attention_file(arguments.input);
   const Plan plan(file.problem(arguments.attention), arguments.attention.options);
-  require_memory_for(plan);
+  const MemoryUse use = memory_use(plan);
+  require_memory(use.inputs() + use.dense());
   const Results results(plan);
   std::vector<StageTime> times;
   {

@@ -38,12 +38,6 @@ const char* file_dtype(DType dtype) {
   return "";
 }
 
-std::size_t bytes_of(const ConstTensor& tensor) {
-  std::size_t bytes = size_in_bytes(tensor.dtype);
-  for (int i = 0; i < tensor.rank; ++i) bytes *= static_cast<std::size_t>(tensor.shape[static_cast<std::size_t>(i)]);
-  return bytes;
-}
-
 std::string header_text(const std::vector<NamedTensor>& tensors, const std::map<std::string, std::string>& metadata) {
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;

@@ -8,12 +8,6 @@
 namespace moba::cli {
 namespace {
 
-std::size_t bytes_of(const Tensor& tensor) {
-  std::size_t bytes = size_in_bytes(tensor.dtype);
-  for (int i = 0; i < tensor.rank; ++i) bytes *= static_cast<std::size_t>(tensor.shape[static_cast<std::size_t>(i)]);
-  return bytes;
-}
-
 // A contiguous tensor in memory of its own.
 Tensor allocate(Buffer& memory, DType dtype, std::initializer_list<std::int64_t> shape) {
   Tensor tensor(nullptr, dtype, shape);

@@ -13,12 +13,12 @@ constexpr std::int64_t padded(std::int64_t n) { return ceil_div(n, kMaxLanes) * 
 // Rows of one attend task. A task packs every block that one of its rows chose, which costs about as much as 10 rows of
 // arithmetic; so a task has enough rows that a block of a sequence of the longest length is chosen by 256 of them
 // (measured at 16K tokens: 4096 rows a task 114 GFLOP/s, 8192 117, 16384 120). Few enough, though, to give each thread
-// three tasks of nearly equal length.
+// two tasks of nearly equal length.
 std::int64_t attend_rows(const Plan::Impl& plan) {
   const Problem& p = plan.problem;
   const std::int64_t blocks = ceil_div(p.max_seqlen_k, p.config.block_size);
   const std::int64_t wanted = std::max<std::int64_t>(8192, 256 * blocks / plan.slots);
-  const std::int64_t share = ceil_div(p.total_q * p.q_heads, 3 * std::int64_t{plan.threads});
+  const std::int64_t share = ceil_div(p.total_q * p.q_heads, 2 * std::int64_t{plan.threads});
   const std::int64_t bytes_limit = (64 << 20) / (4 * p.head_dim);
   return std::max<std::int64_t>(std::min({wanted, share, bytes_limit}), 512);
 }

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -203,8 +204,24 @@ TEST(Cli, CompareReportsSpeedErrorAndMass) {
     const std::string checked = std::to_string(4 * std::min(50, std::atoi(rows))) + " of ";
     const std::string same = "same blocks as float64 in " + checked;
     EXPECT_EQ(run.out.find(same) != std::string::npos, std::string(rows) != "0") << run.out;
+    const int tokens = std::atoi(rows);
+    const std::string which = tokens >= 50 ? "over all 50 query" : "over the last " + std::string(rows) + " query";
+    EXPECT_EQ(run.out.find(which) != std::string::npos, tokens != 0) << run.out;
   }
   EXPECT_NE(read_bytes(folder.file("map.svg")).find("</svg>"), std::string::npos);
+}
+
+TEST(Cli, CompareChecksTheLastTokensUnlessTold) {
+  const TemporaryFolder folder;
+  SmallInput input;
+  input.tq = input.tk = 4100;
+  input.q_heads = input.kv_heads = 1;
+  input.d = 8;
+  input.write(folder.file("in"));
+  const Finished run = run_moba({"compare", folder.file("in"), "--repeat", "1"});
+  expect_success(run);
+  EXPECT_NE(run.out.find("over the last 4096 query tokens (4096 rows)"), std::string::npos) << run.out;
+  EXPECT_NE(run_moba({"compare", "--help"}).out.find("(default 4096)"), std::string::npos);
 }
 
 TEST(Cli, MapDrawsOnePanelPerHead) {
@@ -244,6 +261,11 @@ TEST(Cli, PlanStatesMemoryAndArithmetic) {
   }
   expect_success(run_moba({"plan", "tq=1 tk=100000 batch=16 q_heads=32 kv_heads=8"}));
   expect_success(run_moba({"plan", "tokens=0 batch=0"}));
+  const auto begin = std::chrono::steady_clock::now();
+  expect_success(run_moba({"plan", "tokens=2147483647"}));
+  expect_success(run_moba({"plan", "tokens=2147483647 block=1 topk=1000000"}));
+  expect_success(run_moba({"plan", "tokens=1 batch=1048576"}));
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(20));  // whatever else runs here
 }
 
 TEST(Cli, BenchTimesEveryStage) {

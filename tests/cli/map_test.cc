@@ -94,5 +94,23 @@ TEST(KeptMass, FollowsFromTheTwoLse) {
   EXPECT_EQ(kept_mass(problem, {0, 4}, {0, 4}, moba_lse, dense_lse, 0, 0).at(0).rows, 0);
 }
 
+// A row whose chosen blocks hold only keys of weight 0 kept nothing of what full attention gives it: that counts. A row
+// that full attention gives nothing, or an lse that is no number, does not.
+TEST(KeptMass, NothingKeptCounts) {
+  const Problem problem = one_head(6, 6, 1, 2);
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  const std::vector<float> dense{1, 2, 3, -inf, nan, inf}, moba{1, 2, -inf, -inf, -inf, -inf};
+  const ConstTensor dense_lse(dense.data(), DType::f32, {1, 6}), moba_lse(moba.data(), DType::f32, {1, 6});
+  const KeptMass head = kept_mass(problem, {0, 6}, {0, 6}, moba_lse, dense_lse, 0, 1).at(0);
+  EXPECT_EQ(head.rows, 3);
+  EXPECT_NEAR(head.mean, 2.0 / 3, 1e-12);
+  EXPECT_EQ(head.min, 0);
+  EXPECT_EQ(head.choosing_rows, 1);
+  EXPECT_EQ(head.choosing_mean, 0);
+  const std::vector<float> broken{nan, inf, 3, -inf, 1, 1};
+  const ConstTensor broken_lse(broken.data(), DType::f32, {1, 6});
+  EXPECT_EQ(kept_mass(problem, {0, 6}, {0, 6}, broken_lse, dense_lse, 0, 1).at(0).rows, 1);
+}
+
 }  // namespace
 }  // namespace moba::cli
