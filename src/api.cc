@@ -194,7 +194,7 @@ void gate(const Plan& plan, const Inputs& inputs, const ConstTensor& centroids, 
   const Call call = make_call(plan, inputs, kQ, workspace);
   check_centroids(plan, centroids, false);
   check_selection_rows(plan.impl(), selection, true);
-  if (selection.offsets.given()) check_selection_offsets(plan.impl(), selection);
+  if (selection.offsets.given()) check_selection_transpose(plan.impl(), selection);
   const Region written[] = {{"selection.ids", selection.ids},
                             {"selection.counts", selection.counts},
                             {"selection.offsets", selection.offsets},

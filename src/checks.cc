@@ -161,14 +161,9 @@ void check_selection_rows(const Plan::Impl& plan, const Selection& selection, bo
   check_tensor(selection.counts, {"selection.counts", DType::i32, {p.total_q, heads}, true, false});
 }
 
-void check_selection_offsets(const Plan::Impl& plan, const Selection& selection) {
-  const std::int64_t lists = plan.problem.kv_heads * plan.max_blocks;
-  check_tensor(selection.offsets, {"selection.offsets", DType::i64, {lists + 1}, true});
-}
-
 void check_selection_transpose(const Plan::Impl& plan, const Selection& selection) {
   const Problem& p = plan.problem;
-  check_selection_offsets(plan, selection);
+  check_tensor(selection.offsets, {"selection.offsets", DType::i64, {p.kv_heads * plan.max_blocks + 1}, true});
   check_tensor(selection.rows, {"selection.rows", DType::i32, {p.total_q * p.q_heads * plan.slots}, true});
 }
 

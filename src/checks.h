@@ -51,7 +51,6 @@ void check_workspace(Workspace workspace, std::size_t needed);
 
 // A selection against the shapes of the plan: ids and counts, or the transpose.
 void check_selection_rows(const Plan::Impl& plan, const Selection& selection, bool per_query_head);
-void check_selection_offsets(const Plan::Impl& plan, const Selection& selection);
 void check_selection_transpose(const Plan::Impl& plan, const Selection& selection);
 // The content of ids, given by the caller: ascending block ids of the row's sequence, then -1.
 void check_ids(const Call& call, const Selection& selection);

@@ -100,7 +100,7 @@ void compare_mass(const CompareArguments& arguments, const AttentionFile& file, 
 }  // namespace
 
 void compare(const CompareArguments& arguments) {
-  if (!arguments.svg.empty()) check_output(arguments.svg);
+  if (!arguments.svg.empty()) check_output(arguments.svg, arguments.input);
   const AttentionFile file = read_attention_file(arguments.input);
   const Plan plan(file.problem(arguments.attention), arguments.attention.options);
   const MemoryUse use = memory_use(plan);

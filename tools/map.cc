@@ -13,7 +13,7 @@
 namespace moba::cli {
 
 void map(const MapArguments& arguments) {
-  check_output(arguments.output);
+  check_output(arguments.output, arguments.input);
   const AttentionFile file = read_attention_file(arguments.input);
   const Plan plan(file.problem(arguments.attention), arguments.attention.options);
   const std::int64_t batch = plan.problem().batch;

@@ -58,7 +58,7 @@ fs::path folder_of(const fs::path& path) { return path.has_parent_path() ? path.
 
 }  // namespace
 
-void check_output(const std::string& path) {
+void check_output(const std::string& path, const std::string& input) {
   const fs::path target = resolve(path), folder = folder_of(target);
   std::error_code fault;
   if (!fs::is_directory(folder, fault)) throw Error(path + ": the folder " + folder.string() + " does not exist");
@@ -69,6 +69,9 @@ void check_output(const std::string& path) {
   if (status.type() == fs::file_type::none) throw Error(path + ": " + fault.message());
   if (fs::exists(status) && !fs::is_regular_file(status)) throw Error(path + ": is there and is not a regular file");
   if (!target.has_filename()) throw Error(path + ": names a folder; a file is wanted");
+  if (!input.empty() && fs::equivalent(target, input, fault)) {
+    throw Error(path + ": is the input file; the output must be another");
+  }
 }
 
 OutputFile::OutputFile(const std::string& path) : shown_(path) {

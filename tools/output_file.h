@@ -8,7 +8,8 @@
 namespace moba::cli {
 
 // Refuses (moba::Error) a path that OutputFile could not write, so that a mistake shows before the work, not after it.
-void check_output(const std::string& path);
+// `input` is a file that was read for it, which the output must not replace.
+void check_output(const std::string& path, const std::string& input = "");
 
 class OutputFile {
  public:

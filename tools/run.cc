@@ -1,10 +1,12 @@
 // moba run and moba dense: tensors in a file to out and lse in a file.
+#include <cmath>
 #include <cstdio>
 
 #include "attention_file.h"
 #include "commands.h"
 #include "describe.h"
 #include "memory_use.h"
+#include "numeric.h"
 #include "output_file.h"
 #include "safetensors.h"
 #include "stages.h"
@@ -12,6 +14,18 @@
 
 namespace moba::cli {
 namespace {
+
+// Rows of out [Tq, Hq, d] that hold an inf or a NaN.
+std::int64_t rows_not_finite(const ConstTensor& out) {
+  const std::int64_t rows = out.shape[0] * out.shape[1], d = out.shape[2];
+  std::int64_t bad = 0;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    bool finite = true;
+    for (std::int64_t i = row * d; i < (row + 1) * d; ++i) finite &= std::isfinite(load_float(out.data, out.dtype, i));
+    bad += finite ? 0 : 1;
+  }
+  return bad;
+}
 
 // Writes the results and says what was done.
 void finish(const RunArguments& arguments, const AttentionFile& file, const Plan& plan, bool blocks,
@@ -27,12 +41,17 @@ void finish(const RunArguments& arguments, const AttentionFile& file, const Plan
     std::printf("%s %s %s", i == 0 ? "" : ",", results[i].name.c_str(), describe(results[i].tensor).c_str());
   }
   std::printf("\n");
+  const ConstTensor& out = results.front().tensor;
+  if (const std::int64_t bad = rows_not_finite(out); bad > 0) {
+    std::printf("%s of %s rows of out are not finite\n", std::to_string(bad).c_str(),
+                std::to_string(out.shape[0] * out.shape[1]).c_str());
+  }
 }
 
 }  // namespace
 
 void run(const RunArguments& arguments) {
-  check_output(arguments.output);
+  check_output(arguments.output, arguments.input);
   const AttentionFile file = read_attention_file(arguments.input);
   const Plan plan(file.problem(arguments.attention), arguments.attention.options);
   const MemoryUse use = memory_use(plan);
@@ -49,7 +68,7 @@ void run(const RunArguments& arguments) {
 }
 
 void dense(const RunArguments& arguments) {
-  check_output(arguments.output);
+  check_output(arguments.output, arguments.input);
   const AttentionFile file = read_attention_file(arguments.input);
   const Plan plan(file.problem(arguments.attention), arguments.attention.options);
   const MemoryUse use = memory_use(plan);

@@ -113,6 +113,18 @@ TEST_F(CliRefusal, Paths) {
   EXPECT_EQ(folder_.names(), (std::vector<std::string>{"in", "link"}));
 }
 
+TEST_F(CliRefusal, OutputsOverTheirInput) {
+  const std::string before = read_bytes(in_);
+  std::filesystem::create_symlink(in_, folder_.file("link"));
+  for (const std::string& output : {in_, folder_.path() + "/./in", folder_.file("link")}) {
+    expect_refusal({"run", in_, "-o", output}, kRefused, "is the input file");
+    expect_refusal({"dense", in_, "-o", output}, kRefused, "is the input file");
+    expect_refusal({"map", in_, "-o", output}, kRefused, "is the input file");
+    expect_refusal({"compare", in_, "--svg", output}, kRefused, "is the input file");
+  }
+  EXPECT_EQ(read_bytes(in_), before);
+}
+
 TEST_F(CliRefusal, TheInputIsNotReadForAnOutputThatCannotBe) {
   expect_refusal({"run", folder_.file("nowhere"), "-o", folder_.file("no/out")}, kRefused, "no/out");
 }
