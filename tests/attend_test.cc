@@ -338,7 +338,8 @@ TEST(Attend, HugeScoresPickOneKey) {
           double best = -INFINITY, second = -INFINITY;
           std::int64_t key = 0;
           for (const std::int32_t b : chosen.row(token, 0)) {
-            for (std::int64_t j = b * 16; j < std::min<std::int64_t>(token + 1, b * 16 + 16); ++j) {
+            const std::int64_t first = std::int64_t{b} * 16;
+            for (std::int64_t j = first; j < std::min(token + 1, first + 16); ++j) {
               double score = 0;
               for (std::int64_t x = 0; x < 16; ++x) score += 0.25 * data.q.get(token, 0, x) * data.k.get(j, 0, x);
               second = std::max(second, std::min(best, score));

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "support.h"
 
@@ -55,8 +56,8 @@ void expect_explained(const Case& c, const Scores& scores) {
 std::vector<std::int32_t> by_hand(const std::vector<double>& score, std::int64_t position, const Config& config) {
   const std::int64_t own = position / config.block_size, n = config.causal ? own : std::ssize(score);
   if (config.causal && position < 0) return {};
-  std::vector<std::int32_t> order;
-  for (std::int32_t b = 0; b < n; ++b) order.push_back(b);
+  std::vector<std::int32_t> order(static_cast<std::size_t>(n));
+  std::iota(order.begin(), order.end(), 0);
   std::ranges::stable_sort(order, [&](std::int32_t a, std::int32_t b) {
     const bool a_nan = std::isnan(score[a]), b_nan = std::isnan(score[b]);
     return a_nan != b_nan ? b_nan : (!a_nan && score[a] != score[b]) ? score[a] > score[b] : a > b;

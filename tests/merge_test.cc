@@ -51,7 +51,7 @@ TEST(Merge, FollowsTheSpec) {
         for (int i = 0; i < count; ++i) {
           Attention& partial = partials.emplace_back(c.problem(), Layout{.gap = i, .swapped = i % 2 == 1, .offset = i});
           partial.out.fill(static_cast<std::uint64_t>(i));
-          partial.lse.fill(static_cast<std::uint64_t>(i + 100), i == 3 ? 1000.0f : 5.0f);
+          partial.lse.fill(static_cast<std::uint64_t>(i) + 100, i == 3 ? 1000.0f : 5.0f);
           for (std::int64_t token = i; token < 70; token += 3) {  // saw no key; what it wrote means nothing
             partial.lse.set(1, token, 0, -kInf);
             partial.out.set(token, 1, 2, kNaN);

@@ -243,7 +243,7 @@ TEST(Plan, CallsStayWithinTheWorkspace) {
       {.name = "nothing", .q_lengths = {0}, .k_lengths = {0}}};
   for (const Case& c : cases) {
     const Data data(c);
-    for (Options options : cpu_kernels(c.dtype, 3)) {
+    for (const Options& options : cpu_kernels(c.dtype, 3)) {
       const Plan plan(c.problem(), options);
       const std::size_t bytes = plan.workspace_bytes();
       for (const std::size_t start : {64, 65, 127}) {

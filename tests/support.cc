@@ -280,6 +280,7 @@ Attention Runner::attend(const Inputs& inputs, Chosen& chosen, const Layout& lay
 Attention Runner::merge(std::vector<Attention>& partials, const Layout& layout) {
   Attention result(plan_.problem(), layout);
   std::vector<Outputs> views;
+  views.reserve(partials.size());
   for (Attention& partial : partials) views.push_back(partial.outputs());
   moba::merge(plan_, views, result.outputs());
   return result;

@@ -99,7 +99,7 @@ class Array {
 
 // A problem in the form that tests state it in.
 struct Case {
-  std::string name = "";
+  std::string name;
   DType dtype = DType::f32;
   std::int64_t q_heads = 2, kv_heads = 1, head_dim = 16;
   std::vector<std::int64_t> q_lengths{64}, k_lengths{64};  // of the sequences; one: without cu_seqlens

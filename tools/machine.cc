@@ -18,7 +18,9 @@ namespace {
 double least_limit(const std::string& mount, std::string path, const std::string& name) {
   double least = std::numeric_limits<double>::infinity();
   while (true) {
-    std::ifstream file(mount + path + "/" + name);
+    std::string full = mount;
+    full.append(path).append("/").append(name);
+    std::ifstream file(full);
     double limit = 0;
     if (file >> limit) least = std::min(least, limit);
     const std::size_t slash = path.rfind('/');

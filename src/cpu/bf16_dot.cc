@@ -32,7 +32,7 @@ Bf16Support bf16_dot_support() {
 
 namespace {
 
-constexpr int kRows = 6, kLanes = 16, kPanel = 64;
+constexpr std::int64_t kRows = 6, kLanes = 16, kPanel = 64;
 constexpr std::int64_t kStepDepth = 16;  // one step of NextRows for so many words of depth
 
 template <int M, int NV>
