@@ -35,7 +35,7 @@ class BestTimes : public benchmark::ConsoleReporter {
 }  // namespace
 
 std::map<std::string, double> best_seconds(const Timed& things, int repetitions) {
-  for (const auto& [name, run] : things) {
+  for (const auto& thing : things) {
     benchmark::RegisterBenchmark(name.c_str(),
                                  [&run](benchmark::State& state) {
                                    for (auto _ : state) run();
