@@ -36,8 +36,8 @@ class BestTimes : public benchmark::ConsoleReporter {
 
 std::map<std::string, double> best_seconds(const Timed& things, int repetitions) {
   for (const auto& thing : things) {
-    benchmark::RegisterBenchmark(name.c_str(),
-                                 [&run](benchmark::State& state) {
+    benchmark::RegisterBenchmark(thing.first.c_str(),
+                                 [&run = thing.second](benchmark::State& state) {
                                    for (auto _ : state) run();
                                    // Threads of OpenBLAS spin on for a while, and would take half of what runs next on
                                    // the same cores.
