@@ -35,6 +35,9 @@ AnyTensor tidy(AnyTensor tensor) {
   return tensor;
 }
 
+// The transpose is not that of the ids, or not yet: attend refuses it until index has written it.
+void mark_stale(const Selection& selection) { *static_cast<std::int64_t*>(selection.offsets.data) = -1; }
+
 Outputs tidy(const Outputs& outputs) { return {tidy(outputs.out), tidy(outputs.lse)}; }
 
 Selection tidy(const Selection& s) { return {tidy(s.ids), tidy(s.counts), tidy(s.offsets), tidy(s.rows)}; }
@@ -42,15 +45,30 @@ Selection tidy(const Selection& s) { return {tidy(s.ids), tidy(s.counts), tidy(s
 // What a function reads of its inputs.
 enum Reads : unsigned { kQ = 1, kK = 2, kV = 4 };
 
-Call make_call(const Plan& plan, const Inputs& inputs, unsigned reads, Workspace workspace) {
-  const Problem& p = plan.problem();
-  if (reads & kQ) check_tensor(inputs.q, {"q", p.dtype, {p.total_q, p.q_heads, p.head_dim}});
-  if (reads & kK) check_tensor(inputs.k, {"k", p.dtype, {p.total_k, p.kv_heads, p.head_dim}});
-  if (reads & kV) check_tensor(inputs.v, {"v", p.dtype, {p.total_k, p.kv_heads, p.head_dim}});
-  check_workspace(workspace, plan.workspace_bytes());
-  Call call{plan.impl(), tidy(inputs.q), tidy(inputs.k), tidy(inputs.v), sequences_of(plan.impl(), inputs), {}};
+// A table of the batch that only the device can read.
+void check_device_cu_seqlens(std::string_view argument, const ConstTensor& tensor, const Plan::Impl& plan) {
+  const std::int64_t batch = plan.problem.batch;
+  if (tensor.given() || batch > 1) check_tensor(plan, tensor, {argument, DType::i32, {batch + 1}});
+}
+
+Call make_call(const Plan& given, const Inputs& inputs, unsigned reads, Workspace workspace, Stream stream) {
+  const Plan::Impl& plan = given.impl();
+  const Problem& p = plan.problem;
+  if (reads & kQ) check_tensor(plan, inputs.q, {"q", p.dtype, {p.total_q, p.q_heads, p.head_dim}});
+  if (reads & kK) check_tensor(plan, inputs.k, {"k", p.dtype, {p.total_k, p.kv_heads, p.head_dim}});
+  if (reads & kV) check_tensor(plan, inputs.v, {"v", p.dtype, {p.total_k, p.kv_heads, p.head_dim}});
+  check_workspace(plan, workspace, given.workspace_bytes());
+  Call call{plan, tidy(inputs.q), tidy(inputs.k), tidy(inputs.v), {}, {}, {}, {}, stream};
+  if (plan.device == Device::cpu) {
+    call.sequences = sequences_of(plan, inputs);
+  } else {
+    check_device_cu_seqlens("cu_seqlens_q", inputs.cu_seqlens_q, plan);
+    check_device_cu_seqlens("cu_seqlens_k", inputs.cu_seqlens_k, plan);
+    call.cu_seqlens_q = inputs.cu_seqlens_q;
+    call.cu_seqlens_k = inputs.cu_seqlens_k;
+  }
   const std::size_t skip = (64 - reinterpret_cast<std::uintptr_t>(workspace.data()) % 64) % 64;
-  call.scratch = workspace.subspan(skip, plan.impl().scratch_bytes);
+  call.scratch = workspace.subspan(skip, plan.scratch_bytes);
   return call;
 }
 
@@ -63,29 +81,27 @@ std::vector<Region> regions(const Inputs& inputs, unsigned reads) {
   return all;
 }
 
-void check_outputs(const Problem& p, const Outputs& outputs) {
-  check_tensor(outputs.out, {"out", p.dtype, {p.total_q, p.q_heads, p.head_dim}, true});
-  if (outputs.lse.given()) check_tensor(outputs.lse, {"lse", DType::f32, {p.q_heads, p.total_q}, true, false});
+void check_outputs(const Plan& plan, const Outputs& outputs) {
+  const Problem& p = plan.problem();
+  check_tensor(plan.impl(), outputs.out, {"out", p.dtype, {p.total_q, p.q_heads, p.head_dim}, true});
+  if (outputs.lse.given()) check_tensor(plan.impl(), outputs.lse, {"lse", DType::f32, {p.q_heads, p.total_q}, true, false});
 }
 
 void check_centroids(const Plan& plan, const ConstTensor& centroids, bool output) {
   const Problem& p = plan.problem();
-  check_tensor(centroids, {"centroids", p.dtype, {plan.max_blocks(), p.kv_heads, p.head_dim}, output});
+  check_tensor(plan.impl(), centroids, {"centroids", p.dtype, {plan.max_blocks(), p.kv_heads, p.head_dim}, output});
 }
-
-// The transpose is not that of the ids, or not yet: attend refuses it until index has written it.
-void mark_stale(const Selection& selection) { *static_cast<std::int64_t*>(selection.offsets.data) = -1; }
-
-// The backend is chosen here and nowhere else.
-#define MOBA_STEP(plan, step) ((plan).options().backend == Backend::reference ? reference::step : cpu::step)
 
 // The pieces of the workspace behind the scratch, in the order of their use.
 class Stack {
  public:
   Stack(const Call& call, const Problem& problem)
-      : next_(call.scratch.data() + aligned(call.scratch.size())), problem_(problem) {}
+      : next_(call.scratch.data() + aligned(call.scratch.size())),
+        problem_(problem),
+        device_(call.plan.device),
+        device_index_(call.plan.options.cuda_device) {}
   Tensor tensor(std::size_t bytes, std::int64_t rows, std::int64_t heads) {
-    return Tensor(take(bytes).data(), problem_.dtype, {rows, heads, problem_.head_dim});
+    return Tensor(take(bytes).data(), problem_.dtype, {rows, heads, problem_.head_dim}, device_, device_index_);
   }
   std::span<std::byte> take(std::size_t bytes) {
     std::byte* piece = next_;
@@ -96,49 +112,59 @@ class Stack {
  private:
   std::byte* next_;
   const Problem& problem_;
+  Device device_;
+  int device_index_;
 };
 
-// With a rope in the plan: q and k of the call become rotated copies.
-void rotate_inputs(const Plan& plan, Call& call, Stack& stack) {
+// The memory of rotated copies of q and k, if the plan has a rope.
+Intermediates take_rotated(const Plan& plan, Stack& stack) {
   const Problem& p = plan.problem();
-  if (!p.rope) return;
-  const Tensor q = stack.tensor(plan.impl().q_rotated_bytes, p.total_q, p.q_heads);
-  const Tensor k = stack.tensor(plan.impl().k_rotated_bytes, p.total_k, p.kv_heads);
-  MOBA_STEP(plan, rope)(call, q, k);
-  call.q = q;
-  call.k = k;
+  if (!p.rope) return {};
+  Intermediates memory;
+  memory.q_rotated = stack.tensor(plan.impl().q_rotated_bytes, p.total_q, p.q_heads);
+  memory.k_rotated = stack.tensor(plan.impl().k_rotated_bytes, p.total_k, p.kv_heads);
+  return memory;
+}
+
+void dense_rotated(const Plan& plan, const Call& given, const Intermediates& memory, const Outputs& outputs) {
+  const Steps& steps = *plan.impl().steps;
+  if (!plan.problem().rope) return steps.dense(given, outputs);
+  Call call = given;
+  steps.rope(given, memory.q_rotated, memory.k_rotated);
+  call.q = memory.q_rotated;
+  call.k = memory.k_rotated;
+  steps.dense(call, outputs);
+}
+
+// What forward and dense check.
+Call checked_attention(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace,
+                       Stream stream) {
+  Call call = make_call(plan, inputs, kQ | kK | kV, workspace, stream);
+  check_outputs(plan, outputs);
+  const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
+  check_no_overlap(written, regions(inputs, kQ | kK | kV));
+  check_positions(call);
+  return call;
 }
 
 }  // namespace
 
-void forward(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace, Stream) {
-  const Problem& p = plan.problem();
-  Call call = make_call(plan, inputs, kQ | kK | kV, workspace);
-  check_outputs(p, outputs);
-  const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
-  check_no_overlap(written, regions(inputs, kQ | kK | kV));
-  check_positions(call);
-
-  Stack stack(call, p);
-  rotate_inputs(plan, call, stack);
-  if (plan.impl().forward_is_dense) return MOBA_STEP(plan, dense)(call, tidy(outputs));
-  const Tensor centroids = stack.tensor(plan.impl().centroids_bytes, plan.max_blocks(), p.kv_heads);
-  const Selection selection = make_selection(plan, stack.take(plan.impl().selection_bytes));
-  MOBA_STEP(plan, pool)(call, centroids);
-  MOBA_STEP(plan, gate)(call, centroids, selection);
-  MOBA_STEP(plan, index)(call, selection);
-  MOBA_STEP(plan, attend)(call, selection, tidy(outputs));
+void forward(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace, Stream stream) {
+  const Call call = checked_attention(plan, inputs, outputs, workspace, stream);
+  Stack stack(call, plan.problem());
+  Intermediates memory = take_rotated(plan, stack);
+  if (plan.impl().forward_is_dense) return dense_rotated(plan, call, memory, tidy(outputs));
+  memory.centroids = stack.tensor(plan.impl().centroids_bytes, plan.max_blocks(), plan.problem().kv_heads);
+  if (plan.impl().selection_bytes > 0) {
+    memory.selection = make_selection(plan, stack.take(plan.impl().selection_bytes));
+  }
+  plan.impl().steps->forward(call, memory, tidy(outputs));
 }
 
-void dense(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace, Stream) {
-  Call call = make_call(plan, inputs, kQ | kK | kV, workspace);
-  check_outputs(plan.problem(), outputs);
-  const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
-  check_no_overlap(written, regions(inputs, kQ | kK | kV));
-  check_positions(call);
+void dense(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace, Stream stream) {
+  const Call call = checked_attention(plan, inputs, outputs, workspace, stream);
   Stack stack(call, plan.problem());
-  rotate_inputs(plan, call, stack);
-  MOBA_STEP(plan, dense)(call, tidy(outputs));
+  dense_rotated(plan, call, take_rotated(plan, stack), tidy(outputs));
 }
 
 Selection make_selection(const Plan& plan, std::span<std::byte> memory, bool shared) {
@@ -152,7 +178,7 @@ Selection make_selection(const Plan& plan, std::span<std::byte> memory, bool sha
   }
   std::byte* next = memory.data();
   const auto take = [&](DType dtype, std::initializer_list<std::int64_t> shape) {
-    const Tensor tensor(next, dtype, shape);
+    const Tensor tensor(next, dtype, shape, plan.impl().device, plan.options().cuda_device);
     std::size_t bytes = size_in_bytes(dtype);
     for (const std::int64_t dim : shape) bytes *= static_cast<std::size_t>(dim);
     next += aligned(bytes);
@@ -164,34 +190,34 @@ Selection make_selection(const Plan& plan, std::span<std::byte> memory, bool sha
   selection.counts = take(DType::i32, {p.total_q, heads});
   selection.offsets = take(DType::i64, {p.kv_heads * plan.max_blocks() + 1});
   selection.rows = take(DType::i32, {p.total_q * p.q_heads * slots});
-  mark_stale(selection);
+  if (plan.impl().device == Device::cpu) mark_stale(selection);
   return selection;
 }
 
 void rope(const Plan& plan, const Inputs& inputs, const Tensor& q_rotated, const Tensor& k_rotated, Workspace workspace,
-          Stream) {
+          Stream stream) {
   const Problem& p = plan.problem();
   if (!p.rope) throw Error("plan: its problem has no rope; allowed: plans made with Problem::rope");
-  const Call call = make_call(plan, inputs, kQ | kK, workspace);
-  check_tensor(q_rotated, {"q_rotated", p.dtype, {p.total_q, p.q_heads, p.head_dim}, true});
-  check_tensor(k_rotated, {"k_rotated", p.dtype, {p.total_k, p.kv_heads, p.head_dim}, true});
+  const Call call = make_call(plan, inputs, kQ | kK, workspace, stream);
+  check_tensor(plan.impl(), q_rotated, {"q_rotated", p.dtype, {p.total_q, p.q_heads, p.head_dim}, true});
+  check_tensor(plan.impl(), k_rotated, {"k_rotated", p.dtype, {p.total_k, p.kv_heads, p.head_dim}, true});
   const Region written[] = {{"q_rotated", q_rotated}, {"k_rotated", k_rotated}, {"workspace", workspace}};
   check_no_overlap(written, regions(inputs, kQ | kK));
   check_positions(call);
-  MOBA_STEP(plan, rope)(call, tidy(q_rotated), tidy(k_rotated));
+  plan.impl().steps->rope(call, tidy(q_rotated), tidy(k_rotated));
 }
 
-void pool(const Plan& plan, const Inputs& inputs, const Tensor& centroids, Workspace workspace, Stream) {
-  const Call call = make_call(plan, inputs, kK, workspace);
+void pool(const Plan& plan, const Inputs& inputs, const Tensor& centroids, Workspace workspace, Stream stream) {
+  const Call call = make_call(plan, inputs, kK, workspace, stream);
   check_centroids(plan, centroids, true);
   const Region written[] = {{"centroids", centroids}, {"workspace", workspace}};
   check_no_overlap(written, regions(inputs, kK));
-  MOBA_STEP(plan, pool)(call, tidy(centroids));
+  plan.impl().steps->pool(call, tidy(centroids));
 }
 
 void gate(const Plan& plan, const Inputs& inputs, const ConstTensor& centroids, const Selection& selection,
-          Workspace workspace, Stream) {
-  const Call call = make_call(plan, inputs, kQ, workspace);
+          Workspace workspace, Stream stream) {
+  const Call call = make_call(plan, inputs, kQ, workspace, stream);
   check_centroids(plan, centroids, false);
   check_selection_rows(plan.impl(), selection, true);
   if (selection.offsets.given()) check_selection_transpose(plan.impl(), selection);
@@ -202,12 +228,12 @@ void gate(const Plan& plan, const Inputs& inputs, const ConstTensor& centroids, 
   std::vector<Region> read = regions(inputs, kQ);
   read.emplace_back("centroids", centroids);
   check_no_overlap(written, read);
-  if (selection.offsets.given()) mark_stale(selection);
-  MOBA_STEP(plan, gate)(call, tidy(centroids), tidy(selection));
+  if (selection.offsets.given() && call.plan.device == Device::cpu) mark_stale(selection);
+  plan.impl().steps->gate(call, tidy(centroids), tidy(selection));
 }
 
-void index(const Plan& plan, const Inputs& inputs, const Selection& selection, Workspace workspace, Stream) {
-  const Call call = make_call(plan, inputs, 0, workspace);
+void index(const Plan& plan, const Inputs& inputs, const Selection& selection, Workspace workspace, Stream stream) {
+  const Call call = make_call(plan, inputs, 0, workspace, stream);
   check_selection_rows(plan.impl(), selection, false);
   check_selection_transpose(plan.impl(), selection);
   const Region written[] = {{"selection.counts", selection.counts},
@@ -217,13 +243,13 @@ void index(const Plan& plan, const Inputs& inputs, const Selection& selection, W
   std::vector<Region> read = regions(inputs, 0);
   read.emplace_back("selection.ids", selection.ids);
   check_no_overlap(written, read);
-  check_ids(call, tidy(selection));
-  MOBA_STEP(plan, index)(call, tidy(selection));
+  if (call.plan.device == Device::cpu) check_ids(call, tidy(selection));
+  plan.impl().steps->index(call, tidy(selection));
 }
 
-void select(const Plan& plan, const Inputs& inputs, const Selection& selection, Workspace workspace, Stream) {
+void select(const Plan& plan, const Inputs& inputs, const Selection& selection, Workspace workspace, Stream stream) {
   const Problem& p = plan.problem();
-  const Call call = make_call(plan, inputs, kQ | kK, workspace);
+  const Call call = make_call(plan, inputs, kQ | kK, workspace, stream);
   check_selection_rows(plan.impl(), selection, true);
   check_selection_transpose(plan.impl(), selection);
   const Region written[] = {{"selection.ids", selection.ids},
@@ -234,40 +260,50 @@ void select(const Plan& plan, const Inputs& inputs, const Selection& selection, 
   check_no_overlap(written, regions(inputs, kQ | kK));
   Stack stack(call, p);
   const Tensor centroids = stack.tensor(plan.impl().centroids_bytes, plan.max_blocks(), p.kv_heads);
-  MOBA_STEP(plan, pool)(call, centroids);
-  MOBA_STEP(plan, gate)(call, centroids, tidy(selection));
-  MOBA_STEP(plan, index)(call, tidy(selection));
+  plan.impl().steps->pool(call, centroids);
+  plan.impl().steps->gate(call, centroids, tidy(selection));
+  plan.impl().steps->index(call, tidy(selection));
 }
 
 void attend(const Plan& plan, const Inputs& inputs, const Selection& selection, const Outputs& outputs,
-            Workspace workspace, Stream) {
-  const Call call = make_call(plan, inputs, kQ | kK | kV, workspace);
-  check_selection_transpose(plan.impl(), selection);
-  check_outputs(plan.problem(), outputs);
+            Workspace workspace, Stream stream) {
+  const Call call = make_call(plan, inputs, kQ | kK | kV, workspace, stream);
+  const bool on_host = call.plan.device == Device::cpu;  // and there the transpose is read, elsewhere the ids
+  if (on_host) {
+    check_selection_transpose(plan.impl(), selection);
+  } else {
+    check_selection_rows(plan.impl(), selection, false);
+  }
+  check_outputs(plan, outputs);
   const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
   std::vector<Region> read = regions(inputs, kQ | kK | kV);
-  read.emplace_back("selection.offsets", selection.offsets);
-  read.emplace_back("selection.rows", selection.rows);
+  if (on_host) {
+    read.emplace_back("selection.offsets", selection.offsets);
+    read.emplace_back("selection.rows", selection.rows);
+  } else {
+    read.emplace_back("selection.ids", selection.ids);
+  }
   check_no_overlap(written, read);
-  check_transpose(call, selection);
-  MOBA_STEP(plan, attend)(call, selection, tidy(outputs));
+  if (on_host) check_transpose(call, selection);
+  plan.impl().steps->attend(call, tidy(selection), tidy(outputs));
 }
 
-void merge(const Plan& plan, std::span<const Outputs> partials, const Outputs& outputs, Stream) {
+void merge(const Plan& plan, std::span<const Outputs> partials, const Outputs& outputs, Stream stream) {
   const Problem& p = plan.problem();
   std::vector<Region> read;
   std::vector<Outputs> tidied;
   for (const Outputs& partial : partials) {
     tidied.push_back(tidy(partial));
-    check_tensor(partial.out, {"partial out", p.dtype, {p.total_q, p.q_heads, p.head_dim}});
-    check_tensor(partial.lse, {"partial lse", DType::f32, {p.q_heads, p.total_q}, false, false});
+    check_tensor(plan.impl(), partial.out, {"partial out", p.dtype, {p.total_q, p.q_heads, p.head_dim}});
+    check_tensor(plan.impl(), partial.lse, {"partial lse", DType::f32, {p.q_heads, p.total_q}, false, false});
     read.emplace_back("partial out", partial.out);
     read.emplace_back("partial lse", partial.lse);
   }
-  check_outputs(p, outputs);
+  check_outputs(plan, outputs);
   const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}};
   check_no_overlap(written, read);
-  MOBA_STEP(plan, merge)(plan.impl(), tidied, tidy(outputs));
+  const Call call{plan.impl(), {}, {}, {}, {}, {}, {}, {}, stream};
+  plan.impl().steps->merge(call, tidied, tidy(outputs));
 }
 
 }  // namespace moba

@@ -20,12 +20,21 @@ struct Sequence {
   std::int64_t first_position() const { return k_len - q_len; }
 };
 
-// What every step of a backend takes first. Everything in it has been checked.
+// What every step of a backend takes first. Everything in it has been checked, but for what lies on a device.
 struct Call {
   const Plan::Impl& plan;
-  ConstTensor q, k, v;  // [Tq, Hq, d], [Tk, Hk, d], [Tk, Hk, d]
-  std::vector<Sequence> sequences;
+  ConstTensor q, k, v;              // [Tq, Hq, d], [Tk, Hk, d], [Tk, Hk, d]
+  std::vector<Sequence> sequences;  // empty for device calls, whose tables only the device can read:
+  ConstTensor cu_seqlens_q, cu_seqlens_k;
   Workspace scratch;  // plan.scratch_bytes, 64-byte aligned
+  Stream stream;
+};
+
+// What forward keeps in the workspace between its steps.
+struct Intermediates {
+  Tensor q_rotated, k_rotated;  // as q and k; only with a rope
+  Tensor centroids;             // [max_blocks, Hk, d]
+  Selection selection;          // not for device backends, which choose and attend slab by slab
 };
 
 // n / by rounded up, for n >= 0 and any by > 0, however large.
@@ -42,22 +51,36 @@ inline std::int64_t visible_keys(std::int64_t position, std::int64_t start, std:
 }
 
 // The steps; every backend has the same ones with the same names, in a namespace of its own. Stage by stage they are
-// what moba/attention.h says of the functions of the same name.
-#define MOBA_DECLARE_STEPS                                                               \
-  void rope(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated);         \
-  void pool(const Call& call, const Tensor& centroids);                                  \
-  void gate(const Call& call, const ConstTensor& centroids, const Selection& selection); \
-  void index(const Call& call, const Selection& selection);                              \
-  void attend(const Call& call, const Selection& selection, const Outputs& outputs);     \
-  void dense(const Call& call, const Outputs& outputs);                                  \
-  void merge(const Plan::Impl& plan, std::span<const Outputs> partials, const Outputs& outputs);
+// what moba/attention.h says of the functions of the same name; forward is all of them, after the choice of full
+// attention (Plan::Impl::forward_is_dense).
+struct Steps {
+  void (*rope)(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated);
+  void (*pool)(const Call& call, const Tensor& centroids);
+  void (*gate)(const Call& call, const ConstTensor& centroids, const Selection& selection);
+  void (*index)(const Call& call, const Selection& selection);
+  void (*attend)(const Call& call, const Selection& selection, const Outputs& outputs);
+  void (*dense)(const Call& call, const Outputs& outputs);
+  void (*merge)(const Call& call, std::span<const Outputs> partials, const Outputs& outputs);
+  void (*forward)(const Call& call, const Intermediates& memory, const Outputs& outputs);
+};
+
+#define MOBA_DECLARE_STEPS                                                                          \
+  void rope(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated);                    \
+  void pool(const Call& call, const Tensor& centroids);                                             \
+  void gate(const Call& call, const ConstTensor& centroids, const Selection& selection);            \
+  void index(const Call& call, const Selection& selection);                                         \
+  void attend(const Call& call, const Selection& selection, const Outputs& outputs);                \
+  void dense(const Call& call, const Outputs& outputs);                                             \
+  void merge(const Call& call, std::span<const Outputs> partials, const Outputs& outputs);
 
 namespace reference {
 MOBA_DECLARE_STEPS
-}
+extern const Steps kSteps;
+}  // namespace reference
 namespace cpu {
 MOBA_DECLARE_STEPS
-}
+extern const Steps kSteps;
+}  // namespace cpu
 
 #undef MOBA_DECLARE_STEPS
 

@@ -16,7 +16,7 @@ namespace {
 constexpr std::int64_t kMaxRows = std::numeric_limits<std::int32_t>::max();
 constexpr int kMaxThreads = 1024;
 
-void check_rope(Rope& rope, const Problem& problem) {
+void check_rope(Rope& rope, const Problem& problem, const Options& options) {
   if (rope.rotary_dim == 0) rope.rotary_dim = problem.head_dim;
   if (rope.style != RopeStyle::half_split && rope.style != RopeStyle::interleaved) {
     refuse("rope.style", static_cast<int>(rope.style), "half_split, interleaved");
@@ -28,8 +28,10 @@ void check_rope(Rope& rope, const Problem& problem) {
   if (rope.cos.given() != rope.sin.given())
     refuse(rope.cos.given() ? "rope.sin" : "rope.cos", "not given", "both or none");
   if (rope.cos.given()) {
-    check_tensor(rope.cos, {"rope.cos", DType::f32, {-1, rope.rotary_dim / 2}});
-    check_tensor(rope.sin, {"rope.sin", DType::f32, {rope.cos.shape[0], rope.rotary_dim / 2}});
+    const Device device = options.backend == Backend::cuda ? Device::cuda : Device::cpu;
+    check_tensor(device, options.cuda_device, rope.cos, {"rope.cos", DType::f32, {-1, rope.rotary_dim / 2}});
+    check_tensor(device, options.cuda_device, rope.sin,
+                 {"rope.sin", DType::f32, {rope.cos.shape[0], rope.rotary_dim / 2}});
     if (rope.cos.shape[0] < problem.max_seqlen_k) {
       refuse("rope.cos", describe(rope.cos),
              "at least max_seqlen_k (" + std::to_string(problem.max_seqlen_k) + ") rows");
@@ -70,8 +72,8 @@ void check_rope(Rope& rope, const Problem& problem) {
 }
 
 void check_options(const Options& options, const Problem& problem) {
-  if (options.backend != Backend::cpu && options.backend != Backend::reference) {
-    refuse("options.backend", static_cast<int>(options.backend), "cpu, reference");
+  if (options.backend != Backend::cpu && options.backend != Backend::reference && options.backend != Backend::cuda) {
+    refuse("options.backend", static_cast<int>(options.backend), "cpu, reference, cuda");
   }
   check_range("options.threads", options.threads, 0, kMaxThreads);
   if (cpu::find_target(options.cpu_target) == 0) {
@@ -132,8 +134,8 @@ Problem checked(Problem p, const Options& options) {
   checked_product("total_k * kv_heads * head_dim", {p.total_k, p.kv_heads, p.head_dim});
   const std::int64_t blocks = std::max<std::int64_t>(1, ceil_div(p.max_seqlen_k, p.config.block_size));
   checked_product("total_q * q_heads * min(top_k, blocks)", {p.total_q, p.q_heads, std::min(p.config.top_k, blocks)});
-  if (p.rope) check_rope(*p.rope, p);
   check_options(options, p);
+  if (p.rope) check_rope(*p.rope, p, options);
   return p;
 }
 

@@ -6,6 +6,7 @@
 #include <limits>
 #include <string>
 
+#include "cuda/backend.h"
 #include "parallel.h"
 #include "plan_impl.h"
 #include "refuse.h"
@@ -24,6 +25,14 @@ struct BadList {
   }
   bool found() const { return first != std::numeric_limits<std::int64_t>::max(); }
 };
+
+// The pointer of a cuda tensor must be of that device: a kernel that follows another ends the process's use of the GPU.
+void check_device_memory(std::string_view argument, const void* pointer, int device_index) {
+  const int is = cuda::device_of(pointer);
+  if (is == device_index) return;
+  refuse(argument, is < 0 ? "a pointer to memory that is no device's" : "memory of CUDA device " + std::to_string(is),
+         "memory of CUDA device " + std::to_string(device_index));
+}
 
 }  // namespace
 
@@ -55,7 +64,7 @@ std::vector<std::int64_t> checked_cu_seqlens(std::string_view argument, const Co
     if (batch > 1) refuse(argument, "not given", "i32 [" + std::to_string(batch + 1) + "], unless batch is 1");
     cu = batch == 0 ? std::vector<std::int64_t>{0} : std::vector<std::int64_t>{0, total};
   } else {
-    check_tensor(tensor, {argument, DType::i32, {batch + 1}});
+    check_tensor(plan, tensor, {argument, DType::i32, {batch + 1}});
     const std::int32_t* entries = static_cast<const std::int32_t*>(tensor.data);
     cu.assign(entries, entries + batch + 1);
   }
@@ -63,7 +72,11 @@ std::vector<std::int64_t> checked_cu_seqlens(std::string_view argument, const Co
   return cu;
 }
 
-void check_tensor(const ConstTensor& t, const Expected& expected) {
+void check_tensor(const Plan::Impl& plan, const ConstTensor& tensor, const Expected& expected) {
+  check_tensor(plan.device, plan.options.cuda_device, tensor, expected);
+}
+
+void check_tensor(Device device, int device_index, const ConstTensor& t, const Expected& expected) {
   const auto wanted = [&] {
     std::string text = std::string(name(expected.dtype)) + " [";
     for (const std::int64_t dim : expected.shape) {
@@ -73,7 +86,10 @@ void check_tensor(const ConstTensor& t, const Expected& expected) {
   };
   const std::string a(expected.argument);
   if (!t.given()) refuse(a, "not given", wanted());
-  if (t.device != Device::cpu) refuse(a + ".device", name(t.device), "cpu");
+  if (t.device != device) refuse(a + ".device", name(t.device), name(device));
+  if (device == Device::cuda && t.device_index != device_index) {
+    refuse(a + ".device_index", t.device_index, "options.cuda_device, " + std::to_string(device_index));
+  }
   const int rank = static_cast<int>(expected.shape.size());
   const bool shape_fits =
       t.rank == rank &&
@@ -82,14 +98,18 @@ void check_tensor(const ConstTensor& t, const Expected& expected) {
   if (t.dtype != expected.dtype || !shape_fits) refuse(a, describe(t), wanted());
   if (std::ranges::find(t.shape.begin(), t.shape.begin() + rank, 0) != t.shape.begin() + rank) return;  // nothing in it
   if (t.data == nullptr) refuse(a, "a null pointer", "a pointer to " + wanted());
-  if (reinterpret_cast<std::uintptr_t>(t.data) % size_in_bytes(t.dtype) != 0) {
-    refuse(a, "not aligned", "addresses that are multiples of " + std::to_string(size_in_bytes(t.dtype)));
+  const bool vectors = device == Device::cuda && size_in_bytes(t.dtype) == 2;
+  const std::size_t alignment = vectors ? 16 : size_in_bytes(t.dtype);
+  if (reinterpret_cast<std::uintptr_t>(t.data) % alignment != 0) {
+    refuse(a, "not aligned", "addresses that are multiples of " + std::to_string(alignment));
   }
+  if (device == Device::cuda) check_device_memory(a, t.data, device_index);
   std::vector<int> order;  // the dimensions that are more than one element long
   const auto stride = [&](int i) { return a + ".stride[" + std::to_string(i) + "]"; };
   for (int i = 0; i < rank; ++i) {
     if (t.shape[i] <= 1) continue;  // never stepped over
     if (t.stride[i] < 0) refuse(stride(i), t.stride[i], "0 or more");
+    if (vectors && i < rank - 1 && t.stride[i] % 8 != 0) refuse(stride(i), t.stride[i], "multiples of 8 on cuda");
     if (i == rank - 1 && expected.last_stride_1 && t.stride[i] != 1) refuse(stride(i), t.stride[i], "1");
     checked_product(a, {t.stride[i], t.shape[i]});
     order.push_back(i);
@@ -145,26 +165,27 @@ void check_no_overlap(std::span<const Region> outputs, std::span<const Region> i
   }
 }
 
-void check_workspace(Workspace workspace, std::size_t needed) {
+void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t needed) {
   if (workspace.size() < needed) {
     refuse("workspace", std::to_string(workspace.size()) + " bytes",
            "at least plan.workspace_bytes(), " + std::to_string(needed));
   }
   if (workspace.data() == nullptr && needed > 0) refuse("workspace", "a null pointer", "a pointer");
+  if (plan.device == Device::cuda) check_device_memory("workspace", workspace.data(), plan.options.cuda_device);
 }
 
 void check_selection_rows(const Plan::Impl& plan, const Selection& selection, bool per_query_head) {
   const Problem& p = plan.problem;
   const std::int64_t given = selection.ids.rank == 3 ? selection.ids.shape[1] : p.q_heads;
   const std::int64_t heads = !per_query_head && given == p.kv_heads ? p.kv_heads : p.q_heads;
-  check_tensor(selection.ids, {"selection.ids", DType::i32, {p.total_q, heads, plan.slots}, true});
-  check_tensor(selection.counts, {"selection.counts", DType::i32, {p.total_q, heads}, true, false});
+  check_tensor(plan, selection.ids, {"selection.ids", DType::i32, {p.total_q, heads, plan.slots}, true});
+  check_tensor(plan, selection.counts, {"selection.counts", DType::i32, {p.total_q, heads}, true, false});
 }
 
 void check_selection_transpose(const Plan::Impl& plan, const Selection& selection) {
   const Problem& p = plan.problem;
-  check_tensor(selection.offsets, {"selection.offsets", DType::i64, {p.kv_heads * plan.max_blocks + 1}, true});
-  check_tensor(selection.rows, {"selection.rows", DType::i32, {p.total_q * p.q_heads * plan.slots}, true});
+  check_tensor(plan, selection.offsets, {"selection.offsets", DType::i64, {p.kv_heads * plan.max_blocks + 1}, true});
+  check_tensor(plan, selection.rows, {"selection.rows", DType::i32, {p.total_q * p.q_heads * plan.slots}, true});
 }
 
 void check_ids(const Call& call, const Selection& selection) {

@@ -30,7 +30,11 @@ struct Expected {
   bool output = false;  // strides must not map two elements to one place
   bool last_stride_1 = true;
 };
-void check_tensor(const ConstTensor& tensor, const Expected& expected);
+// A tensor in the memory that the plan's backend works on. Device kernels read and write the tensors of a 16-bit type in
+// pieces of 16 bytes, and must be able to.
+void check_tensor(const Plan::Impl& plan, const ConstTensor& tensor, const Expected& expected);
+// The same of a problem's own tensors, while it is planned for `device`.
+void check_tensor(Device device, int device_index, const ConstTensor& tensor, const Expected& expected);
 
 // A RoPE table of the caller's has a row for every position of the batch.
 void check_positions(const Call& call);
@@ -47,7 +51,7 @@ struct Region {
 // No output may touch an input or another output.
 void check_no_overlap(std::span<const Region> outputs, std::span<const Region> inputs);
 
-void check_workspace(Workspace workspace, std::size_t needed);
+void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t needed);
 
 // A selection against the shapes of the plan: ids and counts, or the transpose.
 void check_selection_rows(const Plan::Impl& plan, const Selection& selection, bool per_query_head);

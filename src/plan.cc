@@ -10,6 +10,7 @@
 #include "checks.h"
 #include "cpu/targets.h"
 #include "cpu/workers.h"
+#include "cuda/backend.h"
 #include "moba/error.h"
 #include "plan_impl.h"
 
@@ -59,7 +60,17 @@ double scores_needed(const Config& config, double q_len, double k_len) {
 
 }  // namespace
 
-const char* name(Backend backend) { return backend == Backend::cpu ? "cpu" : "reference"; }
+const char* name(Backend backend) {
+  switch (backend) {
+    case Backend::cpu:
+      return "cpu";
+    case Backend::reference:
+      return "reference";
+    case Backend::cuda:
+      return "cuda";
+  }
+  return "unknown";
+}
 
 Plan::Plan(const Problem& problem, const Options& options) {
   const auto made = std::make_shared<Impl>();
@@ -68,7 +79,7 @@ Plan::Plan(const Problem& problem, const Options& options) {
   plan.problem = checked(problem, options);
   plan.options = options;
   const Problem& p = plan.problem;
-  plan.threads = options.backend == Backend::reference ? 1 : options.threads > 0 ? options.threads : default_threads();
+  plan.threads = options.backend != Backend::cpu ? 1 : options.threads > 0 ? options.threads : default_threads();
   plan.group = p.q_heads / p.kv_heads;
   plan.slots = std::max<std::int64_t>(1, std::min(p.config.top_k, ceil_div(p.max_seqlen_k, p.config.block_size)));
   // A sequence of l > 0 keys has (l - 1) / B + 1 blocks: the more sequences that are not empty, the more blocks.
@@ -77,11 +88,22 @@ Plan::Plan(const Problem& problem, const Options& options) {
   plan.scale = *p.config.scale;
   plan.forward_is_dense = ceil_div(p.max_seqlen_k, p.config.block_size) <= p.config.top_k;
   if (p.rope) plan.rope = std::make_shared<RopeTable>(*p.rope, p.head_dim);
-  if (options.backend == Backend::cpu) cpu::prepare(plan);
   plan.q_rotated_bytes = p.rope ? bytes_of(p.dtype, p.total_q * p.q_heads * p.head_dim) : 0;
   plan.k_rotated_bytes = p.rope ? bytes_of(p.dtype, p.total_k * p.kv_heads * p.head_dim) : 0;
   plan.centroids_bytes = bytes_of(p.dtype, plan.max_blocks * p.kv_heads * p.head_dim);
   plan.selection_bytes = plan.forward_is_dense ? 0 : selection_bytes();
+  switch (options.backend) {
+    case Backend::cpu:
+      plan.steps = &cpu::kSteps;
+      cpu::prepare(plan);
+      break;
+    case Backend::reference:
+      plan.steps = &reference::kSteps;
+      break;
+    case Backend::cuda:
+      cuda::prepare(plan);
+      break;
+  }
 }
 
 Plan::~Plan() = default;
@@ -110,6 +132,7 @@ std::size_t Plan::selection_bytes(bool shared) const {
 
 std::string Plan::kernels() const {
   if (impl_->options.backend == Backend::reference) return "reference, float64, 1 thread";
+  if (impl_->options.backend == Backend::cuda) return cuda::describe_kernels(*impl_);
   return "cpu " + cpu::target_name(impl_->cpu_target) +
          (impl_->bf16_dot ? ", bfloat16 pair products, " : ", float32 products, ") + std::to_string(impl_->threads) +
          (impl_->threads == 1 ? " thread" : " threads") +

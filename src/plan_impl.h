@@ -11,9 +11,16 @@
 
 namespace moba {
 
+struct Steps;
+namespace cuda {
+struct Setup;
+}
+
 struct Plan::Impl {
   Problem problem;  // with every default filled in: max_seqlen_*, scale, rotary_dim
   Options options;
+  Device device = Device::cpu;   // where tensors and workspace of a call must lie
+  const Steps* steps = nullptr;  // of the backend
   int threads = 1;
   std::int64_t group = 1;       // g = Hq / Hk
   std::int64_t slots = 1;       // ids per row
@@ -28,6 +35,8 @@ struct Plan::Impl {
   std::int64_t attend_rows = 0;  // rows of one attend task
   std::int64_t dense_rows = 0;   // rows of one dense task
   std::size_t scratch_per_thread = 0;
+
+  std::shared_ptr<const cuda::Setup> cuda;  // cuda backend; null for others
 
   // Workspace of forward: scratch, then the outputs of the inner stages, each 64-byte aligned.
   std::size_t scratch_bytes = 0;

@@ -20,6 +20,10 @@ class RopeTable {
   // Pairs of dimensions that are rotated: rotary_dim / 2.
   std::int64_t pairs() const { return pairs_; }
 
+  // Radians per position of a pair, and the factor on cos and sin; without a table of the caller's.
+  double frequency(std::int64_t pair) const { return frequency_[static_cast<std::size_t>(pair)]; }
+  double magnitude() const { return magnitude_; }
+
   // cos and sin, [count][pairs()] each, of positions first .. first + count. They must be rows of the caller's table
   // or, without one, may be any numbers, negative too. May be called from many threads.
   void rows(std::int64_t first, std::int64_t count, float* cos, float* sin) const;

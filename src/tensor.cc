@@ -45,8 +45,9 @@ std::size_t size_in_bytes(DType dtype) {
 }
 
 template <class Void>
-BasicTensor<Void>::BasicTensor(Void* pointer, DType type, std::initializer_list<std::int64_t> dims)
-    : data(pointer), dtype(type), rank(static_cast<int>(dims.size())) {
+BasicTensor<Void>::BasicTensor(Void* pointer, DType type, std::initializer_list<std::int64_t> dims, Device where,
+                               int index_of_device)
+    : data(pointer), dtype(type), device(where), device_index(index_of_device), rank(static_cast<int>(dims.size())) {
   if (dims.size() > kMaxRank) {
     throw Error("tensor: rank is " + std::to_string(dims.size()) + "; at most " + std::to_string(kMaxRank) +
                 " is allowed");

@@ -98,7 +98,7 @@ struct ReferencePlans {
   const Plan own, exact;
 
  private:
-  inline static const Options kReference{.backend = Backend::reference, .cpu_target = ""};
+  inline static const Options kReference{.backend = Backend::reference, .cpu_target = "", .cuda_kernels = ""};
 
   static Problem last_tokens(Problem problem, std::int64_t tokens) {
     problem.total_q = std::min(tokens, problem.total_q);
@@ -125,7 +125,7 @@ double accuracy_bytes(const Plan& plan, std::int64_t tokens) {
   return own.staged() + exact.inputs() + exact.dense() + static_cast<double>(plans.exact.selection_bytes()) + inside;
 }
 
-Accuracy check_accuracy(const Plan& plan, const AttentionFile& file, const Selection& selection,
+Accuracy check_accuracy(const Plan& plan, const AttentionFile& file, const ConstTensor& ids,
                         const ConstTensor& moba_out, const ConstTensor& dense_out, std::int64_t tokens,
                         Progress& progress) {
   const ReferencePlans plans(plan, tokens);
@@ -134,7 +134,7 @@ Accuracy check_accuracy(const Plan& plan, const AttentionFile& file, const Selec
   result.tokens = own.problem().total_q;
   result.rows = result.tokens * own.problem().q_heads;
   const std::int64_t first = plan.problem().total_q - result.tokens;
-  const ConstTensor chosen = rows_from(selection.ids, first);
+  const ConstTensor chosen = rows_from(ids, first);
 
   // The reference's own way from q and k to the chosen blocks.
   const LastTokens last(file, first);

@@ -27,9 +27,9 @@ struct Accuracy {
 double accuracy_bytes(const Plan& plan, std::int64_t tokens);
 
 // Holds the last `tokens` query tokens (fewer where there are fewer) of what `plan` computed from `file` against
-// float64: the selection against the reference's own, `moba_out` against float64 attention over the blocks of
-// `selection`, `dense_out` against float64 attention over everything.
-Accuracy check_accuracy(const Plan& plan, const AttentionFile& file, const Selection& selection,
+// float64: the chosen blocks `ids` against the reference's own, `moba_out` against float64 attention over these
+// blocks, `dense_out` against float64 attention over everything. All three on the host, contiguous.
+Accuracy check_accuracy(const Plan& plan, const AttentionFile& file, const ConstTensor& ids,
                         const ConstTensor& moba_out, const ConstTensor& dense_out, std::int64_t tokens,
                         Progress& progress);
 

@@ -32,7 +32,7 @@ struct Samples {
     const std::size_t half = sorted.size() / 2;
     return sorted.size() % 2 == 1 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
   }
-  double gflops() const { return min() > 0 ? flop / min() * 1e-9 : 0.0; }
+  double flops() const { return min() > 0 ? flop / min() : 0.0; }  // a second
 };
 
 void add(std::vector<Samples>& samples, const std::vector<StageTime>& times) {
@@ -42,19 +42,17 @@ void add(std::vector<Samples>& samples, const std::vector<StageTime>& times) {
   for (std::size_t i = 0; i < times.size(); ++i) samples[i].seconds.push_back(times[i].seconds);
 }
 
-// One warm-up, then `repeat` timed passes of the stages; their sum is the last entry.
+// One warm-up, then `repeat` timed passes of the stages; the last entry is MoBA as a whole.
 std::vector<Samples> time_stages(const Plan& plan, const Inputs& inputs, const Arithmetic& arithmetic, int repeat,
                                  Progress& progress) {
   StagedForward forward(plan, inputs);
   std::vector<Samples> samples;
-  forward.run(progress);
-  for (int i = 0; i < repeat; ++i) {
+  for (int i = -1; i < repeat; ++i) {
     std::vector<StageTime> times = forward.run(progress);
+    times.push_back({"total", total_seconds(times)});
+    if (whole_differs(plan)) times.push_back(forward.run_whole(progress));
     count_flop(times, arithmetic);
-    StageTime all{"total", total_seconds(times)};
-    for (const StageTime& time : times) all.flop += time.flop;
-    times.push_back(all);
-    add(samples, times);
+    if (i >= 0) add(samples, times);
   }
   return samples;
 }
@@ -62,21 +60,22 @@ std::vector<Samples> time_stages(const Plan& plan, const Inputs& inputs, const A
 Samples time_dense(const Plan& plan, const Inputs& inputs, const Arithmetic& arithmetic, int repeat,
                    Progress& progress) {
   const Results results(plan);
+  const PlacedMemory workspace(Place(plan), plan.workspace_bytes(), "the workspace");
   std::vector<Samples> samples;
-  run_dense(plan, inputs, results.outputs, progress);
-  for (int i = 0; i < repeat; ++i) {
-    std::vector<StageTime> times{run_dense(plan, inputs, results.outputs, progress)};
+  for (int i = -1; i < repeat; ++i) {
+    std::vector<StageTime> times{run_dense(plan, inputs, results.outputs, workspace.span(), progress)};
     count_flop(times, arithmetic);
-    add(samples, times);
+    if (i >= 0) add(samples, times);
   }
   return samples.front();
 }
 
-void print_table(const std::vector<Samples>& samples) {
-  std::printf("%-8s %12s %12s %10s\n", "stage", "min", "median", "GFLOP/s");
+void print_table(const std::vector<Samples>& samples, const RateUnit& unit) {
+  std::printf("%-8s %12s %12s %10s\n", "stage", "min", "median", unit.name);
   for (const Samples& stage : samples) {
     std::printf("%-8s %12s %12s %10s\n", stage.name.c_str(), format_seconds(stage.min()).c_str(),
-                format_seconds(stage.median()).c_str(), stage.flop > 0 ? format("%.1f", stage.gflops()).c_str() : "-");
+                format_seconds(stage.median()).c_str(),
+                stage.flop > 0 ? format("%.1f", stage.flops() / unit.flops).c_str() : "-");
   }
 }
 
@@ -95,7 +94,7 @@ std::string to_json(const std::string& problem, const Plan& plan, int repeat, co
                                 {"min_s", stage.min()},
                                 {"median_s", stage.median()},
                                 {"flop", stage.flop},
-                                {"gflops", stage.gflops()}});
+                                {"gflops", stage.flops() * 1e-9}});
   }
   return report.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
 }
@@ -104,10 +103,10 @@ std::string to_json(const std::string& problem, const Plan& plan, int repeat, co
 
 void bench(const BenchArguments& arguments) {
   if (!arguments.json.empty()) check_output(arguments.json);
-  const TextProblem text = parse_problem(arguments.problem);
+  const TextProblem text = parse_problem(arguments.problem, arguments.options);
   const Plan plan(text.problem, text.options);
   const MemoryUse use = memory_use(plan);
-  require_memory(use.inputs() + use.staged());  // full attention comes when the stages' memory is free again
+  require_memory(plan, {use.inputs(), use.staged()});  // full attention comes when the stages' memory is free again
 
   std::printf("moba %s, %s, %s, %s, %d cores\n", version(), compiler().c_str(), build_type().c_str(),
               processor_name().c_str(), cores());
@@ -122,10 +121,12 @@ void bench(const BenchArguments& arguments) {
     Progress progress;
     progress.stage("random tensors");
     const RandomInputs random(text.problem, starts_q, starts_k, kSeed);
-    samples = time_stages(plan, random.inputs, arithmetic, arguments.repeat, progress);
-    if (arguments.dense) samples.push_back(time_dense(plan, random.inputs, arithmetic, arguments.repeat, progress));
+    const PlacedInputs placed(plan, random.inputs);
+    samples = time_stages(plan, placed.inputs(), arithmetic, arguments.repeat, progress);
+    if (arguments.dense) samples.push_back(time_dense(plan, placed.inputs(), arithmetic, arguments.repeat, progress));
   }
-  print_table(samples);
+  print_table(samples, RateUnit(plan));
+  if (whole_differs(plan)) std::printf("%s\n", kWholeDiffers);
   if (arguments.dense) {
     const Samples &dense = samples.back(), &moba = samples[samples.size() - 2];
     std::printf("\ndense / MoBA: %.2f in time", dense.min() / moba.min());

@@ -16,8 +16,8 @@ namespace moba::cli {
 namespace {
 
 const char* const kOverview =
-    R"(Mixture of Block Attention on the CPU: every query attends to the top-k blocks of keys that it
-scores highest, its own block among them.)";
+    R"(Mixture of Block Attention on the CPU or an NVIDIA GPU: every query attends to the top-k blocks of keys
+that it scores highest, its own block among them.)";
 
 const char* const kExamples = R"(
 Start here:
@@ -31,7 +31,8 @@ const char* const kFileHelp = R"(
 The input holds q [Tq, Hq, d] and k, v [Tk, Hk, d], all F32, F16 or BF16, Hq a multiple of Hk. Sequences packed
 one after another are told apart by I32 cu_seqlens [sequences + 1] from 0 to the token count, or by cu_seqlens_q
 and cu_seqlens_k where queries and keys differ. Other tensors are passed over. What takes more memory than the
-machine has, or than the control group (cgroup) of the process allows, is refused before it is allocated.
+machine has, than the control group (cgroup) of the process allows or than is free on the GPU, is refused before it
+is allocated. The GPU takes F16 and BF16.
 )";
 
 // Every command's arguments live here while the command line is parsed and the command runs.
@@ -39,8 +40,9 @@ struct Parsed {
   RunArguments run, dense;
   CompareArguments compare;
   MapArguments map;
-  std::string plan_problem;
+  PlanArguments plan;
   BenchArguments bench;
+  Options info;
   std::function<void()> command;  // what the command line asks for
 };
 
@@ -69,9 +71,10 @@ Examples:
   moba run qkv.safetensors -o out.safetensors --block-size 128 --top-k 8
   moba run qkv.safetensors -o out.safetensors --rope-base 100000 --selection
   moba run qkv.safetensors -o out.safetensors --rope-base 500000 --rope-scaling llama3 --rope-factor 8
-  moba run qkv.safetensors -o exact.safetensors --backend reference)");
+  moba run qkv.safetensors -o exact.safetensors --backend reference
+  moba run qkv.safetensors -o out.safetensors --backend cuda --workspace-limit 512M)");
   command.callback([&] {
-    check_rope_options(command, arguments.attention);
+    check_attention_options(command, arguments.attention);
     parsed.command = [&] { run(arguments); };
   });
 }
@@ -87,7 +90,7 @@ void add_dense(CLI::App& app, Parsed& parsed) {
 Example:
   moba dense qkv.safetensors -o dense.safetensors --rope-base 100000)");
   command.callback([&] {
-    check_rope_options(command, arguments.attention);
+    check_attention_options(command, arguments.attention);
     parsed.command = [&] { dense(arguments); };
   });
 }
@@ -112,9 +115,10 @@ of full attention lies on keys in the chosen blocks.
 
 Examples:
   moba compare data/smollm2-135m-layer15.safetensors --rope-base 100000 --svg map.svg
-  moba compare qkv.safetensors --block-size 64 --top-k 4 --check-rows 256)");
+  moba compare qkv.safetensors --block-size 64 --top-k 4 --check-rows 256
+  moba compare qkv.safetensors --backend cuda --kernels portable)");
   command.callback([&] {
-    check_rope_options(command, arguments.attention);
+    check_attention_options(command, arguments.attention);
     parsed.command = [&] { compare(arguments); };
   });
 }
@@ -136,19 +140,25 @@ queries of the block chose the key block. Beside each head stands the share of t
 Example:
   moba map data/smollm2-135m-layer15.safetensors -o map.svg --rope-base 100000)");
   command.callback([&] {
-    check_rope_options(command, arguments.attention);
+    check_attention_options(command, arguments.attention);
     parsed.command = [&] { map(arguments); };
   });
 }
 
 void add_plan(CLI::App& app, Parsed& parsed) {
+  PlanArguments& arguments = parsed.plan;
   CLI::App& command = *app.add_subcommand("plan", "memory and arithmetic of a problem, before running it");
-  command.add_option("PROBLEM", parsed.plan_problem, "the problem as text, see below")->required()->type_name("");
+  command.add_option("PROBLEM", arguments.problem, "the problem as text, see below")->required()->type_name("");
+  add_execution_options(command, arguments.options);
   command.footer("\n" + problem_text_help() + R"(
 Examples:
   moba plan 'tokens=32768 q_heads=32 kv_heads=8 d=128 block=128 topk=8 dtype=bf16'
-  moba plan 'tq=1 tk=100000 batch=16 q_heads=32 kv_heads=8'     (decoding))");
-  command.callback([&] { parsed.command = [&] { plan(parsed.plan_problem); }; });
+  moba plan 'tq=1 tk=100000 batch=16 q_heads=32 kv_heads=8'     (decoding)
+  moba plan --backend cuda 'tokens=1048576 q_heads=32 kv_heads=8 dtype=bf16')");
+  command.callback([&] {
+    check_execution_options(command, arguments.options);
+    parsed.command = [&] { plan(arguments); };
+  });
 }
 
 void add_bench(CLI::App& app, Parsed& parsed) {
@@ -161,18 +171,34 @@ void add_bench(CLI::App& app, Parsed& parsed) {
   command.add_flag_callback(
       "--no-dense", [&] { arguments.dense = false; }, "leave full attention out");
   command.add_option("--json", arguments.json, "also write the figures as JSON")->type_name("FILE");
+  add_execution_options(command, arguments.options);
   command.footer("\n" + problem_text_help() + R"(
-The tensors are random. GFLOP/s come from the fastest pass and the arithmetic that moba plan states.
+The tensors are random. GFLOP/s come from the fastest pass and the arithmetic that moba plan states. On a
+GPU the times are those of its work, without what the host takes to ask for it.
 
 Examples:
   moba bench 'tokens=16384 q_heads=8 kv_heads=2'
-  moba bench 'tokens=16384 q_heads=8 kv_heads=2 dtype=bf16 threads=1' --no-dense --json bench.json)");
-  command.callback([&] { parsed.command = [&] { bench(arguments); }; });
+  moba bench 'tokens=16384 q_heads=8 kv_heads=2 dtype=bf16 threads=1' --no-dense --json bench.json
+  moba bench --backend cuda 'tokens=65536 q_heads=16 d=128 dtype=bf16')");
+  command.callback([&] {
+    check_execution_options(command, arguments.options);
+    parsed.command = [&] { bench(arguments); };
+  });
 }
 
 void add_info(CLI::App& app, Parsed& parsed) {
   CLI::App& command = *app.add_subcommand("info", "this build and this machine, for bug reports");
-  command.callback([&] { parsed.command = [] { info(); }; });
+  add_execution_options(command, parsed.info);
+  command.footer(R"(
+With --backend and other options it also says whether they can be had here: where they cannot, the exit code is 1.
+
+Examples:
+  moba info
+  moba info --backend cuda --device 1)");
+  command.callback([&] {
+    check_execution_options(command, parsed.info);
+    parsed.command = [&] { info(parsed.info); };
+  });
 }
 
 // One line on standard error, whatever is in the message.

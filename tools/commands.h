@@ -43,16 +43,21 @@ struct MapArguments {
 };
 void map(const MapArguments& arguments);  // map.cc
 
-void plan(const std::string& problem);  // plan.cc
+struct PlanArguments {
+  std::string problem;
+  Options options;  // unless the problem says otherwise
+};
+void plan(const PlanArguments& arguments);  // plan.cc
 
 struct BenchArguments {
   std::string problem;
+  Options options;  // unless the problem says otherwise
   int repeat = 5;
   bool dense = true;
   std::string json;  // empty: none
 };
 void bench(const BenchArguments& arguments);  // bench.cc
 
-void info();  // info.cc
+void info(const Options& options);  // info.cc
 
 }  // namespace moba::cli

@@ -22,17 +22,19 @@ void map(const MapArguments& arguments) {
                 " sequences, numbered from 0");
   }
   const MemoryUse use = memory_use(plan);
-  require_memory(use.inputs() + use.staged() + use.dense());
-  StagedForward forward(plan, file.inputs);
+  require_memory(plan, {use.inputs(), use.staged() + use.results(), use.ids + 2 * use.lse});
+  const PlacedInputs placed(plan, file.inputs);
+  StagedForward forward(plan, placed.inputs());
   const Results full(plan);
   {
     Progress progress;
     forward.run(progress);
-    run_dense(plan, file.inputs, full.outputs, progress);
+    run_dense(plan, placed.inputs(), full.outputs, forward.workspace(), progress);
   }
-  const std::vector<KeptMass> mass = kept_mass(plan.problem(), file.starts_q, file.starts_k, forward.outputs().lse,
-                                               full.outputs.lse, arguments.sequence, arguments.sequence + 1);
-  write_picture(arguments.output, arguments.input, plan, file, forward.selection(), mass, arguments.sequence);
+  const OnHost ids(forward.selection().ids), lse(forward.outputs().lse), dense_lse(full.outputs.lse);
+  const std::vector<KeptMass> mass = kept_mass(plan.problem(), file.starts_q, file.starts_k, lse.tensor(),
+                                               dense_lse.tensor(), arguments.sequence, arguments.sequence + 1);
+  write_picture(arguments.output, arguments.input, plan, file, ids.tensor(), mass, arguments.sequence);
   print_kept_mass(mass);
   std::printf("\n%s: the picture\n", arguments.output.c_str());
 }

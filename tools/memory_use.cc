@@ -1,5 +1,6 @@
 #include "memory_use.h"
 
+#include "device.h"
 #include "machine.h"
 #include "moba/error.h"
 #include "text.h"
@@ -18,9 +19,16 @@ MemoryUse memory_use(const Plan& plan) {
   use.q = use.out = q_rows * d * element;
   use.k = use.v = k_rows * d * element;
   use.lse = q_rows * sizeof(float);
+  use.ids = q_rows * static_cast<double>(plan.slots()) * sizeof(std::int32_t);
   use.workspace = static_cast<double>(plan.workspace_bytes());
   use.stages = static_cast<double>(plan.selection_bytes()) + centroids + (problem.rope ? use.q + use.k : 0.0);
   return use;
+}
+
+void require_memory(const Plan& plan, const Demand& demand) {
+  if (plan.options().backend != Backend::cuda) return require_memory(demand.inputs + demand.computing + demand.host);
+  require_memory(demand.inputs + demand.read + demand.host);
+  require_gpu_memory(plan, demand.inputs + demand.computing);
 }
 
 void require_memory(double bytes) {

@@ -9,15 +9,28 @@ namespace moba::cli {
 struct MemoryUse {
   double q = 0, k = 0, v = 0, out = 0, lse = 0;
   double workspace = 0;  // all that a call takes beyond its tensors
+  double ids = 0;        // the chosen blocks, of the selection
   double stages = 0;     // between the stages, for who calls them one by one: rotated q and k, centroids, selection
 
   double inputs() const { return q + k + v; }
+  double results() const { return out + lse; }
   // What the types of stages.h take beside the inputs: full attention with its Results, and a StagedForward.
-  double dense() const { return out + lse + workspace; }
+  double dense() const { return results() + workspace; }
   double staged() const { return dense() + stages; }
 };
 
 MemoryUse memory_use(const Plan& plan);
+
+// What a command takes, in bytes.
+struct Demand {
+  double inputs = 0;     // on the host and, if that is a GPU, where the plan computes
+  double computing = 0;  // where the plan computes
+  double read = 0;       // of that, what is copied to the host from a GPU
+  double host = 0;       // on the host, beside all that
+};
+
+// Refuses (moba::Error) a command that takes more memory than the host or the GPU has.
+void require_memory(const Plan& plan, const Demand& demand);
 
 // Refuses (moba::Error) to allocate more bytes than memory_bytes() (machine.h) allows this process in all.
 void require_memory(double bytes);

@@ -20,7 +20,10 @@ struct Word {
 inline constexpr std::array kDTypes{Word<DType>{"f32", DType::f32}, Word<DType>{"f16", DType::f16},
                                     Word<DType>{"bf16", DType::bf16}};
 inline constexpr std::array kBackends{Word<Backend>{"cpu", Backend::cpu},
-                                      Word<Backend>{"reference", Backend::reference}};
+                                      Word<Backend>{"reference", Backend::reference},
+                                      Word<Backend>{"cuda", Backend::cuda}};
+inline constexpr std::array kCudaKernels{Word<std::string_view>{"sm90", "sm90"},
+                                         Word<std::string_view>{"portable", "portable"}};
 inline constexpr std::array kBf16Products{Word<Bf16Products>{"auto", Bf16Products::automatic},
                                           Word<Bf16Products>{"widen", Bf16Products::widen},
                                           Word<Bf16Products>{"dot", Bf16Products::dot}};

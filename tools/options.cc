@@ -40,6 +40,9 @@ CLI::Option* add_word(CLI::App& app, const std::string& name, const Words& words
   return add_text(app, name, read, list_words(words, "|"), help);
 }
 
+// Options that only the cuda backend reads.
+constexpr std::array kCudaOptions{"--device", "--kernels", "--workspace-limit"};
+
 // Numbers that only some of the scalings read.
 struct ScalingNumber {
   const char* option;
@@ -98,10 +101,12 @@ void add_rope_options(CLI::App& app, AttentionOptions& attention) {
   }
 }
 
+}  // namespace
+
 void add_execution_options(CLI::App& app, Options& options) {
   add_word(
       app, "--backend", kBackends, [&options](Backend x) { options.backend = x; },
-      "cpu: vectorised and threaded; reference: float64, slow (default cpu)")
+      "cpu: vectorised and threaded; reference: float64, slow; cuda: an NVIDIA GPU (default cpu)")
       ->group(kExecutionGroup);
   add_int(
       app, "--threads", 0, std::numeric_limits<int>::max(),
@@ -114,11 +119,31 @@ void add_execution_options(CLI::App& app, Options& options) {
       ->group(kExecutionGroup);
   add_word(
       app, "--bf16-products", kBf16Products, [&options](Bf16Products x) { options.bf16_products = x; },
-      "how bfloat16 is multiplied (default auto)")
+      "how the cpu multiplies bfloat16 (default auto)")
+      ->group(kExecutionGroup);
+  add_int(
+      app, "--device", 0, std::numeric_limits<int>::max(),
+      [&options](std::int64_t x) { options.cuda_device = static_cast<int>(x); }, "cuda: which GPU (default 0)")
+      ->group(kExecutionGroup);
+  add_word(
+      app, "--kernels", kCudaKernels, [&options](std::string_view x) { options.cuda_kernels = x; },
+      "cuda: the family of kernels (default: the best for the GPU)")
+      ->group(kExecutionGroup);
+  add_text(
+      app, "--workspace-limit",
+      [&options](const std::string& x) {
+        options.workspace_limit = static_cast<std::size_t>(parse_bytes("--workspace-limit", x));
+      },
+      "SIZE", "cuda: at most so much workspace, e.g. 512M (default: 2G beyond rotated q and k and centroids)")
       ->group(kExecutionGroup);
 }
 
-}  // namespace
+void check_execution_options(const CLI::App& app, const Options& options) {
+  if (options.backend == Backend::cuda) return;
+  for (const char* option : kCudaOptions) {
+    if (app.count(option) > 0) throw CLI::ValidationError(std::string(option) + ": needs --backend cuda");
+  }
+}
 
 CLI::Option* add_int(CLI::App& app, const std::string& name, std::int64_t low, std::int64_t high,
                      std::function<void(std::int64_t)> set, const std::string& help) {
@@ -146,7 +171,8 @@ void add_attention_options(CLI::App& app, AttentionOptions& attention) {
   add_execution_options(app, attention.options);
 }
 
-void check_rope_options(const CLI::App& app, const AttentionOptions& attention) {
+void check_attention_options(const CLI::App& app, const AttentionOptions& attention) {
+  check_execution_options(app, attention.options);
   if (!attention.rope) return;
   const RopeScaling scaling = attention.rope->scaling;
   for (const ScalingNumber& number : kScalingNumbers) {

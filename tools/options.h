@@ -21,10 +21,14 @@ CLI::Option* add_int(CLI::App& app, const std::string& name, std::int64_t low, s
 // --block-size, --top-k.
 void add_block_options(CLI::App& app, AttentionOptions& attention);
 
-// The mask, the scale, RoPE, and how to compute: backend, threads, instruction set.
+// The mask, the scale, RoPE, and how to compute.
 void add_attention_options(CLI::App& app, AttentionOptions& attention);
 
-// To be called when everything is parsed: refuses RoPE options that do not go together.
-void check_rope_options(const CLI::App& app, const AttentionOptions& attention);
+// How to compute: backend, threads, instruction set; GPU, its kernels and workspace.
+void add_execution_options(CLI::App& app, Options& options);
+
+// To be called when everything is parsed: refuse options that do not go together.
+void check_attention_options(const CLI::App& app, const AttentionOptions& attention);
+void check_execution_options(const CLI::App& app, const Options& options);
 
 }  // namespace moba::cli

@@ -11,10 +11,10 @@
 namespace moba::cli {
 
 void write_picture(const std::string& path, const std::string& input, const Plan& plan, const AttentionFile& file,
-                   const Selection& selection, const std::vector<KeptMass>& mass, std::int64_t sequence) {
+                   const ConstTensor& ids, const std::vector<KeptMass>& mass, std::int64_t sequence) {
   const auto s = static_cast<std::size_t>(sequence);
   const std::int64_t k_len = file.starts_k[s + 1] - file.starts_k[s];
-  const SelectionMap map = make_selection_map(plan, selection, file.starts_q[s], file.starts_q[s + 1], k_len,
+  const SelectionMap map = make_selection_map(plan, ids, file.starts_q[s], file.starts_q[s + 1], k_len,
                                               most_cells_for(plan.problem().q_heads));
   SvgText text;
   text.causal = plan.problem().config.causal;

@@ -12,8 +12,8 @@
 
 namespace moba::cli {
 
-// Writes the picture of one sequence. `mass` is that sequence's.
+// Writes the picture of one sequence, from the ids of a selection per query head. `mass` is that sequence's.
 void write_picture(const std::string& path, const std::string& input, const Plan& plan, const AttentionFile& file,
-                   const Selection& selection, const std::vector<KeptMass>& mass, std::int64_t sequence);
+                   const ConstTensor& ids, const std::vector<KeptMass>& mass, std::int64_t sequence);
 
 }  // namespace moba::cli

@@ -24,7 +24,7 @@ void print_memory(const Plan& plan) {
   line("workspace", use.workspace, "all that a call takes beyond the tensors above");
   line("total", use.q + use.k + use.v + use.out + use.lse + use.workspace, "");
   line("selection", static_cast<double>(plan.selection_bytes()),
-       "for who calls the stages one by one; otherwise in the workspace, if there is one to make");
+       "for who calls the stages one by one; otherwise in the workspace, part by part if need be");
 }
 
 void print_arithmetic(const Arithmetic& arithmetic) {
@@ -40,8 +40,8 @@ void print_arithmetic(const Arithmetic& arithmetic) {
 
 }  // namespace
 
-void plan(const std::string& text) {
-  const TextProblem problem = parse_problem(text);
+void plan(const PlanArguments& arguments) {
+  const TextProblem problem = parse_problem(arguments.problem, arguments.options);
   const Plan plan(problem.problem, problem.options);
   const std::int64_t batch = problem.problem.batch;
   std::printf("problem  %s\nkernels  %s\n\n", describe(problem).c_str(), plan.kernels().c_str());

@@ -18,12 +18,13 @@ constexpr std::int64_t kMostCount = 1 << 20;
 
 // What the text says; absent: not said.
 struct Said {
-  std::optional<std::int64_t> tokens, tq, tk, batch, q_heads, kv_heads, d, block, topk, causal, threads;
+  std::optional<std::int64_t> tokens, tq, tk, batch, q_heads, kv_heads, d, block, topk, causal, threads, device,
+      workspace_limit;
   std::optional<double> scale, rope_base;
   std::optional<DType> dtype;
   std::optional<Backend> backend;
   std::optional<Bf16Products> bf16_products;
-  std::optional<std::string> target;
+  std::optional<std::string> target, kernels;
 };
 
 struct Key {
@@ -49,8 +50,8 @@ auto word(std::optional<Enum> Said::*field, const Words& words) {
   };
 }
 
-const std::array<Key, 17>& keys() {
-  static const std::array<Key, 17> kKeys{{
+const std::array<Key, 20>& keys() {
+  static const std::array<Key, 20> kKeys{{
       {"tokens", "tokens of each sequence, of queries and of keys", whole(&Said::tokens, 0, kMostTokens)},
       {"tq", "query tokens of each sequence, where they differ (default: tokens)", whole(&Said::tq, 0, kMostTokens)},
       {"tk", "key tokens of each sequence, where they differ (default: tokens)", whole(&Said::tk, 0, kMostTokens)},
@@ -66,10 +67,19 @@ const std::array<Key, 17>& keys() {
       {"rope_base", "rotates q and k with this base (default: no rotation)", real(&Said::rope_base)},
       {"threads", "at most this many threads (default 0: one per core)",
        whole(&Said::threads, 0, std::numeric_limits<int>::max())},
-      {"backend", "cpu or reference (default cpu)", word(&Said::backend, kBackends)},
+      {"backend", "cpu, reference or cuda (default cpu)", word(&Said::backend, kBackends)},
       {"target", "instruction set, one that moba info lists (default: the best)",
        [](Said& said, std::string_view, std::string_view value) { said.target = std::string(value); }},
       {"bf16_products", "auto, widen or dot (default auto)", word(&Said::bf16_products, kBf16Products)},
+      {"device", "cuda: which GPU (default 0)", whole(&Said::device, 0, std::numeric_limits<int>::max())},
+      {"kernels", "cuda: sm90 or portable (default: the best for the GPU)",
+       [](Said& said, std::string_view name, std::string_view value) {
+         said.kernels = std::string(parse_word(name, value, kCudaKernels));
+       }},
+      {"workspace_limit", "cuda: at most so many bytes of workspace, e.g. 512M (default: see --workspace-limit)",
+       [](Said& said, std::string_view name, std::string_view value) {
+         said.workspace_limit = parse_bytes(name, value);
+       }},
   }};
   return kKeys;
 }
@@ -107,9 +117,24 @@ std::int64_t length(const Said& said, const std::optional<std::int64_t>& own, co
   throw Error("problem: neither tokens nor " + std::string(name) + " is given");
 }
 
+// `options` but for what is said.
+Options options_of(const Said& said, Options options) {
+  options.threads = static_cast<int>(said.threads.value_or(options.threads));
+  options.backend = said.backend.value_or(options.backend);
+  options.cpu_target = said.target.value_or(options.cpu_target);
+  options.bf16_products = said.bf16_products.value_or(options.bf16_products);
+  if (options.backend != Backend::cuda && (said.device || said.kernels || said.workspace_limit)) {
+    throw Error("problem: device, kernels and workspace_limit need backend=cuda");
+  }
+  options.cuda_device = static_cast<int>(said.device.value_or(options.cuda_device));
+  options.cuda_kernels = said.kernels.value_or(options.cuda_kernels);
+  if (said.workspace_limit) options.workspace_limit = static_cast<std::size_t>(*said.workspace_limit);
+  return options;
+}
+
 }  // namespace
 
-TextProblem parse_problem(std::string_view text) {
+TextProblem parse_problem(std::string_view text, const Options& options) {
   const Said said = read_pairs(text);
   if (said.tokens && said.tq && said.tk) throw Error("problem: tokens, tq and tk are given; tq and tk say it all");
   TextProblem result;
@@ -131,17 +156,14 @@ TextProblem parse_problem(std::string_view text) {
   problem.config.causal = said.causal.value_or(1) == 1;
   problem.config.scale = said.scale;
   if (said.rope_base) problem.rope.emplace().base = *said.rope_base;
-  result.options.threads = static_cast<int>(said.threads.value_or(0));
-  result.options.backend = said.backend.value_or(Backend::cpu);
-  result.options.cpu_target = said.target.value_or("");
-  result.options.bf16_products = said.bf16_products.value_or(Bf16Products::automatic);
+  result.options = options_of(said, options);
   return result;
 }
 
 std::string problem_text_help() {
   std::string text = "A problem is text of key=value pairs, separated by spaces or commas:\n";
-  for (const Key& key : keys()) text += format("  %-14s %s\n", key.name, key.meaning);
-  return text;
+  for (const Key& key : keys()) text += format("  %-15s %s\n", key.name, key.meaning);
+  return text + "What it says of how to compute goes before the options.\n";
 }
 
 std::string describe(const TextProblem& text) {

@@ -15,8 +15,8 @@ struct TextProblem {
 };
 
 // key=value pairs separated by spaces or commas. Unknown and repeated keys and bad values are refused (moba::Error) by
-// name; keys left out have the defaults that problem_text_help() states.
-TextProblem parse_problem(std::string_view text);
+// name; keys left out have the defaults that problem_text_help() states, or for how to compute what `options` say.
+TextProblem parse_problem(std::string_view text, const Options& options = {});
 
 // Every key, its default and what it means: lines for --help.
 std::string problem_text_help();

@@ -35,7 +35,7 @@ void finish(const RunArguments& arguments, const AttentionFile& file, const Plan
   std::printf("%s: %s\n", arguments.input.c_str(), file.describe().c_str());
   std::printf("%s; %s\n\n", describe_attention(plan.problem(), blocks).c_str(), plan.kernels().c_str());
   count_flop(times, plan.arithmetic(file.starts_q, file.starts_k));
-  print_stage_table(times);
+  print_stage_table(times, RateUnit(plan));
   std::printf("\n%s:", arguments.output.c_str());
   for (std::size_t i = 0; i < results.size(); ++i) {
     std::printf("%s %s %s", i == 0 ? "" : ",", results[i].name.c_str(), describe(results[i].tensor).c_str());
@@ -55,15 +55,17 @@ void run(const RunArguments& arguments) {
   const AttentionFile file = read_attention_file(arguments.input);
   const Plan plan(file.problem(arguments.attention), arguments.attention.options);
   const MemoryUse use = memory_use(plan);
-  require_memory(use.inputs() + use.staged());
-  StagedForward forward(plan, file.inputs);
+  require_memory(plan, {use.inputs(), use.staged(), use.results() + use.ids});
+  const PlacedInputs placed(plan, file.inputs);
+  StagedForward forward(plan, placed.inputs());
   std::vector<StageTime> times;
   {
     Progress progress(!arguments.quiet);
-    times = forward.run(progress);
+    for (int pass = 0; pass <= warm_ups(plan); ++pass) times = forward.run(progress);
   }
-  std::vector<NamedTensor> results{{"out", forward.outputs().out}, {"lse", forward.outputs().lse}};
-  if (arguments.write_selection) results.push_back({"ids", forward.selection().ids});
+  const OnHost out(forward.outputs().out), lse(forward.outputs().lse), ids(forward.selection().ids);
+  std::vector<NamedTensor> results{{"out", out.tensor()}, {"lse", lse.tensor()}};
+  if (arguments.write_selection) results.push_back({"ids", ids.tensor()});
   finish(arguments, file, plan, true, times, results);
 }
 
@@ -72,14 +74,19 @@ void dense(const RunArguments& arguments) {
   const AttentionFile file = read_attention_file(arguments.input);
   const Plan plan(file.problem(arguments.attention), arguments.attention.options);
   const MemoryUse use = memory_use(plan);
-  require_memory(use.inputs() + use.dense());
+  require_memory(plan, {use.inputs(), use.dense(), use.results()});
+  const PlacedInputs placed(plan, file.inputs);
+  const PlacedMemory workspace(Place(plan), plan.workspace_bytes(), "the workspace");
   const Results results(plan);
   std::vector<StageTime> times;
   {
     Progress progress(!arguments.quiet);
-    times.push_back(run_dense(plan, file.inputs, results.outputs, progress));
+    for (int pass = 0; pass <= warm_ups(plan); ++pass) {
+      times = {run_dense(plan, placed.inputs(), results.outputs, workspace.span(), progress)};
+    }
   }
-  finish(arguments, file, plan, false, times, {{"out", results.outputs.out}, {"lse", results.outputs.lse}});
+  const OnHost out(results.outputs.out), lse(results.outputs.lse);
+  finish(arguments, file, plan, false, times, {{"out", out.tensor()}, {"lse", lse.tensor()}});
 }
 
 }  // namespace moba::cli

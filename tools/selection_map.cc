@@ -4,7 +4,7 @@
 
 namespace moba::cli {
 
-SelectionMap make_selection_map(const Plan& plan, const Selection& selection, std::int64_t q_begin, std::int64_t q_end,
+SelectionMap make_selection_map(const Plan& plan, const ConstTensor& ids, std::int64_t q_begin, std::int64_t q_end,
                                 std::int64_t k_len, std::int64_t most_cells) {
   const std::int64_t block = plan.problem().config.block_size, heads = plan.problem().q_heads, slots = plan.slots();
   SelectionMap map;
@@ -26,13 +26,13 @@ SelectionMap make_selection_map(const Plan& plan, const Selection& selection, st
   for (std::int64_t position = first_drawn; position < k_len; ++position)
     ++queries[static_cast<std::size_t>(cell_row(position))];
 
-  const auto* ids = static_cast<const std::int32_t*>(selection.ids.data);
+  const auto* chosen = static_cast<const std::int32_t*>(ids.data);
   for (std::int64_t position = first_drawn; position < k_len; ++position) {
     const std::int64_t token = q_begin + position - first_position, row = cell_row(position);
     for (std::int64_t h = 0; h < heads; ++h) {
       double* cells = map.shares[static_cast<std::size_t>(h)].data() + row * map.columns;
       for (std::int64_t slot = 0; slot < slots; ++slot) {
-        const std::int32_t id = ids[(token * heads + h) * slots + slot];
+        const std::int32_t id = chosen[(token * heads + h) * slots + slot];
         if (id >= 0) cells[id / map.blocks_per_cell] += 1.0;
       }
     }

@@ -25,9 +25,9 @@ struct SelectionMap {
   }
 };
 
-// The sequence whose queries are tokens [q_begin, q_end) and which has k_len keys. No grid has more than `most_cells`
-// cells along a side.
-SelectionMap make_selection_map(const Plan& plan, const Selection& selection, std::int64_t q_begin, std::int64_t q_end,
+// `ids` are those of a selection per query head, on the host, contiguous. The sequence whose queries are tokens
+// [q_begin, q_end) and which has k_len keys. No grid has more than `most_cells` cells along a side.
+SelectionMap make_selection_map(const Plan& plan, const ConstTensor& ids, std::int64_t q_begin, std::int64_t q_end,
                                 std::int64_t k_len, std::int64_t most_cells);
 
 }  // namespace moba::cli

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "buffer.h"
+#include "device.h"
 #include "moba/attention.h"
 #include "moba/plan.h"
 #include "progress.h"
@@ -19,50 +19,84 @@ struct StageTime {
 
 double total_seconds(const std::vector<StageTime>& times);
 
-// out [Tq, Hq, d] and lse [Hq, Tq] with their memory.
+// out [Tq, Hq, d] and lse [Hq, Tq] with their memory, where the plan computes.
 struct Results {
   explicit Results(const Plan& plan);
 
-  Buffer out_memory, lse_memory;
+  PlacedMemory out_memory, lse_memory;
   Outputs outputs;
 };
 
-// One MoBA forward pass and everything it makes on the way. The plan and the inputs must outlive it.
+// The stages of one pass while they run.
+class StageClock {
+ public:
+  StageClock(const Plan& plan, Progress& progress) : watch_(plan), progress_(progress) {}
+
+  // What is called from here on is this stage.
+  void begin(const char* name);
+  // Ends the last stage.
+  std::vector<StageTime> finish();
+
+ private:
+  Stopwatch watch_;
+  Progress& progress_;
+  std::vector<const char*> names_;
+};
+
+// One MoBA forward pass and everything it makes on the way. The plan and the inputs, which lie where the plan computes,
+// must outlive it.
 class StagedForward {
  public:
   StagedForward(const Plan& plan, const Inputs& inputs);
 
   // rope (if the plan has one), pool, gate, index.
-  std::vector<StageTime> route(Progress& progress);
-  // attend, over what route chose.
-  StageTime attend(Progress& progress);
-  // Both.
+  void route(Progress& progress);
+  // These, then attend over what they chose.
   std::vector<StageTime> run(Progress& progress);
+  // forward(): the same in one call, into the same outputs.
+  StageTime run_whole(Progress& progress);
 
   const Inputs& rotated() const { return rotated_; }  // the inputs with q and k after rope
   const Selection& selection() const { return selection_; }
   const Outputs& outputs() const { return results_.outputs; }
+  Workspace workspace() const { return workspace_.span(); }
 
  private:
-  template <class Function>
-  StageTime timed(Progress& progress, const char* name, Function&& function) const;
+  void route(StageClock& clock);
 
   const Plan& plan_;
   const Inputs& inputs_;
   Inputs rotated_;
-  Buffer workspace_, q_memory_, k_memory_, centroids_memory_, selection_memory_;
+  PlacedMemory workspace_, q_memory_, k_memory_, centroids_memory_, selection_memory_;
   Tensor q_rotated_, k_rotated_, centroids_;
   Selection selection_;
   Results results_;
 };
 
+// Whether run_whole() is to be timed beside the stages: where attend reads the transpose that index makes, as on the
+// cpu, they add up to the whole; on a GPU attend makes its own.
+bool whole_differs(const Plan& plan);
+inline constexpr const char* kWholeDiffers = "forward: all in one call; attend by itself repeats what index did";
+
+// Passes before the one whose time is told: a GPU loads its kernels in the first.
+int warm_ups(const Plan& plan);
+
 // Full attention over the same inputs, rope included.
-StageTime run_dense(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Progress& progress);
+StageTime run_dense(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace,
+                    Progress& progress);
 
 // Fills in the arithmetic of every stage, for sequences that start at the given offsets.
 void count_flop(std::vector<StageTime>& times, const Arithmetic& arithmetic);
 
+// The unit in which rates of a plan are printed.
+struct RateUnit {
+  explicit RateUnit(const Plan& plan);
+
+  const char* name;  // "GFLOP/s"
+  double flops;
+};
+
 // Prints "stage  time  share  GFLOP/s", a line per stage and one for all of them.
-void print_stage_table(const std::vector<StageTime>& times);
+void print_stage_table(const std::vector<StageTime>& times, const RateUnit& unit);
 
 }  // namespace moba::cli

@@ -69,6 +69,23 @@ std::int64_t parse_int(std::string_view what, std::string_view text, std::int64_
               " to " + (open ? "2^63 - 1" : std::to_string(high)));
 }
 
+std::int64_t parse_bytes(std::string_view what, std::string_view text) {
+  constexpr std::string_view kUnits = "KMGT";
+  constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
+  std::string_view digits = text;
+  if (digits.ends_with("iB")) digits.remove_suffix(2);
+  const bool long_unit = digits.size() != text.size();
+  const std::size_t unit = digits.empty() ? kUnits.npos : kUnits.find(digits.back());
+  if (unit != kUnits.npos) digits.remove_suffix(1);
+  const int shift = unit == kUnits.npos ? 0 : 10 * static_cast<int>(unit + 1);
+  std::int64_t value = 0;
+  const auto [end, fault] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
+  const bool whole = fault == std::errc{} && end == digits.data() + digits.size();
+  if (whole && value >= 1 && value <= (kMost >> shift) && !(long_unit && shift == 0)) return value << shift;
+  throw Error(std::string(what) + ": is '" + printable(text) +
+              "'; allowed: whole numbers of bytes from 1 on, or of KiB, MiB, GiB, TiB, such as 512M or 2GiB");
+}
+
 double parse_real(std::string_view what, std::string_view text) {
   const std::string_view digits = without_plus(text);
   double value = 0;

@@ -16,6 +16,9 @@ std::string format_flop(double flop);        // "3.21 GFLOP"
 
 // The whole of `text` as a decimal number in [low, high]; anything else is a moba::Error that starts with `what`.
 std::int64_t parse_int(std::string_view what, std::string_view text, std::int64_t low, std::int64_t high);
+// The same for a number of bytes from 1 to 2^63 - 1: "1000000", "512M" and "512MiB" (2^20 bytes each), likewise K, G
+// and T.
+std::int64_t parse_bytes(std::string_view what, std::string_view text);
 // The same for a finite real number.
 double parse_real(std::string_view what, std::string_view text);
 

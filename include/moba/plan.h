@@ -17,6 +17,7 @@ namespace moba {
 enum class Backend : std::uint8_t {
   cpu,        // vectorised and threaded
   reference,  // float64, plain loops: the ground truth, slow on purpose
+  cuda,       // an NVIDIA GPU of compute capability 8.0 or later, if the build has CUDA (cuda_support(), moba/info.h)
 };
 
 MOBA_EXPORT const char* name(Backend backend);
@@ -49,6 +50,14 @@ struct Options {
   int threads = 0;         // at most this many threads work on a call; 0 means one per core. The reference has one
   std::string cpu_target;  // one of cpu_targets() (moba/info.h); empty means the best one
   Bf16Products bf16_products = Bf16Products::automatic;
+
+  // cuda: the device, as cudaSetDevice counts; the kernel family, "sm90" (Hopper) or "portable" (compute capability 8.0
+  // and later), empty for the best that the device has; and how many bytes workspace_bytes() may come to at most, 0 for
+  // 2 GiB beyond what rope and centroids take. Less memory means more and shorter passes over heads and queries; the
+  // results are the same bits.
+  int cuda_device = 0;
+  std::string cuda_kernels;
+  std::size_t workspace_limit = 0;
 };
 
 // Floating point operations (a multiply-add counts two) of one call, from the given sequence lengths.
@@ -62,7 +71,8 @@ struct Arithmetic {
 
 class MOBA_EXPORT Plan {
  public:
-  // Throws moba::Error for a problem or an option that is not served. Needs no device and touches no tensor.
+  // Throws moba::Error for a problem or an option that is not served. Touches no tensor; for the cuda backend it asks the
+  // driver what the device is.
   explicit Plan(const Problem& problem, const Options& options = {});
   ~Plan();
   // Cheap, and there is no move: no plan is ever left empty.
@@ -72,8 +82,8 @@ class MOBA_EXPORT Plan {
   const Problem& problem() const;
   const Options& options() const;
 
-  // Bytes of scratch that any function taking this plan may use: all the memory a call takes beyond its tensors, but
-  // for about 100 bytes a sequence of the batch. (The reference backend allocates some more inside its loops.)
+  // Bytes of scratch that any function taking this plan may use: all the memory a call takes beyond its tensors, but on
+  // the cpu for about 100 bytes a sequence of the batch. (The reference backend allocates some more inside its loops.)
   std::size_t workspace_bytes() const;
   // Bytes of a Selection (moba/attention.h), shared by the heads of a key head or not.
   std::size_t selection_bytes(bool shared = false) const;
@@ -83,7 +93,7 @@ class MOBA_EXPORT Plan {
   std::int64_t max_blocks() const;
   // Threads that a call uses at most.
   int threads() const;
-  // The kernels chosen, for people: "cpu AVX3, float32 FMA, 2 threads".
+  // The kernels chosen, for people: "cpu AVX3, float32 products, 2 threads".
   std::string kernels() const;
   // The arithmetic of a call. cu_seqlens hold batch + 1 ascending entries from 0 to the total.
   Arithmetic arithmetic(const std::vector<std::int64_t>& cu_seqlens_q,

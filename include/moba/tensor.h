@@ -15,7 +15,7 @@ namespace moba {
 // f16 is IEEE binary16, bf16 the upper half of a float32; both are passed as raw 16-bit words.
 enum class DType : std::uint8_t { f32, f16, bf16, i32, i64 };
 
-// Where data lives. Only cpu is served today; cuda tensors are refused with a message.
+// Where data lives. A plan of the cuda backend takes cuda tensors of its device, every other plan cpu tensors.
 enum class Device : std::uint8_t { cpu, cuda };
 
 MOBA_EXPORT const char* name(DType dtype);
@@ -37,8 +37,9 @@ struct BasicTensor {
   std::array<std::int64_t, kMaxRank> stride{};
 
   BasicTensor() = default;
-  // A contiguous (row-major) CPU tensor. At most kMaxRank dimensions, or moba::Error.
-  BasicTensor(Void* pointer, DType type, std::initializer_list<std::int64_t> dims);
+  // A contiguous (row-major) tensor. At most kMaxRank dimensions, or moba::Error.
+  BasicTensor(Void* pointer, DType type, std::initializer_list<std::int64_t> dims, Device where = Device::cpu,
+              int index_of_device = 0);
   // A mutable view passes wherever a read-only one is asked for.
   template <class Other>
   requires(std::is_const_v<Void>&& std::is_same_v<Other, std::remove_const_t<Void>>)

@@ -56,8 +56,9 @@ namespace moba::cpu {
 
 HWY_EXPORT(MergeRow);
 
-void merge(const Plan::Impl& plan, std::span<const Outputs> partials, const Outputs& outputs) {
+void merge(const Call& call, std::span<const Outputs> partials, const Outputs& outputs) {
   constexpr std::int64_t kStep = 64;
+  const Plan::Impl& plan = call.plan;
   const std::int64_t tokens = plan.problem.total_q;
   const auto merge_row = MOBA_KERNEL(MergeRow, plan.cpu_target);
   parallel_for(plan.threads, ceil_div(tokens, kStep), [&](std::int64_t task, int) {

@@ -8,27 +8,10 @@
 #include <vector>
 
 #include "call.h"
+#include "carver.h"
 #include "plan_impl.h"
 
 namespace moba::cpu {
-
-// Hands out pieces of a scratch area, each aligned to 64 bytes.
-class Carver {
- public:
-  explicit Carver(std::byte* memory = nullptr) : memory_(memory) {}
-  template <class T>
-  T* take(std::int64_t count) {
-    T* piece = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
-    used_ += aligned(static_cast<std::size_t>(count) * sizeof(T));
-    return piece;
-  }
-  // Bytes handed out so far; with no memory behind it a Carver measures.
-  std::size_t used() const { return used_; }
-
- private:
-  std::byte* memory_;
-  std::size_t used_ = 0;
-};
 
 inline std::byte* thread_scratch(const Call& call, int slot) {
   return call.scratch.data() + call.plan.scratch_per_thread * static_cast<std::size_t>(slot);

@@ -28,8 +28,8 @@ double total_lse(std::span<const Outputs> partials, std::int64_t head, std::int6
 
 }  // namespace
 
-void merge(const Plan::Impl& plan, std::span<const Outputs> partials, const Outputs& outputs) {
-  const Problem& problem = plan.problem;
+void merge(const Call& call, std::span<const Outputs> partials, const Outputs& outputs) {
+  const Problem& problem = call.plan.problem;
   std::vector<double> out(static_cast<std::size_t>(problem.head_dim));
   for (std::int64_t token = 0; token < problem.total_q; ++token) {
     for (std::int64_t head = 0; head < problem.q_heads; ++head) {

@@ -3,31 +3,16 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
+#include "moba/info.h"
 #include "support.h"
 
 namespace moba::cli {
 namespace {
-
-// The largest |a - b| / |b| over rows of d.
-double largest_row_error(const std::vector<float>& a, const std::vector<float>& b, std::size_t d) {
-  EXPECT_EQ(a.size(), b.size());
-  double largest = 0;
-  for (std::size_t row = 0; row < b.size() && a.size() == b.size(); row += d) {
-    double gap = 0, size = 0;
-    for (std::size_t i = row; i < row + d; ++i) {
-      gap += std::pow(static_cast<double>(a[i]) - static_cast<double>(b[i]), 2);
-      size += std::pow(static_cast<double>(b[i]), 2);
-    }
-    if (gap > 0) largest = std::max(largest, std::sqrt(gap / size));
-  }
-  return largest;
-}
 
 void expect_success(const Finished& run) {
   EXPECT_EQ(run.code, 0) << run.err;
@@ -292,7 +277,8 @@ TEST(Cli, BenchTimesEveryStage) {
 TEST(Cli, InfoSaysWhatABugReportNeeds) {
   const Finished run = run_moba({"info"});
   expect_success(run);
-  for (const char* key : {"version", "compiler", "build type", "processor", "cores", "cpu targets", "backends"}) {
+  for (const char* key :
+       {"version", "compiler", "build type", "processor", "cores", "cpu targets", "backends", "cuda"}) {
     EXPECT_NE(run.out.find(key), std::string::npos) << key;
   }
 }
@@ -316,14 +302,22 @@ std::vector<std::string> options_of(const std::map<std::string, std::string>& me
   return options;
 }
 
+bool served_on_cuda(const SafetensorsReader& golden) {
+  const FileTensor& q = *golden.find("q");
+  return q.dtype != "F32" && q.shape[2] % 32 == 0;
+}
+
 TEST_P(CliGolden, RunGivesTheExpectedResults) {
+  const bool on_cuda = std::string_view(GetParam()) == "cuda";
+  if (on_cuda && cuda_support().devices.empty()) GTEST_SKIP() << cuda_support().problem;
   const TemporaryFolder folder;
   std::size_t files = 0;
   for (const auto& entry : std::filesystem::directory_iterator(MOBA_GOLDEN_DIR)) {
     if (entry.path().extension() != ".safetensors") continue;
-    ++files;
     SCOPED_TRACE(entry.path().string());
     const SafetensorsReader golden(entry.path().string());
+    if (on_cuda && !served_on_cuda(golden)) continue;
+    ++files;
     std::vector<std::string> arguments{"run",         golden.path(), "-o",      folder.file("out"),
                                        "--selection", "--backend",   GetParam()};
     const std::vector<std::string> options = options_of(golden.metadata());
@@ -344,7 +338,7 @@ TEST_P(CliGolden, RunGivesTheExpectedResults) {
   EXPECT_GT(files, 0u);
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, CliGolden, testing::Values("cpu", "reference"));
+INSTANTIATE_TEST_SUITE_P(Backends, CliGolden, testing::Values("cpu", "reference", "cuda"));
 
 }  // namespace
 }  // namespace moba::cli

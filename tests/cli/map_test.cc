@@ -28,7 +28,7 @@ TEST(SelectionMap, CountsQueriesPerBlock) {
   std::vector<std::int32_t> ids{0, -1, 0, -1, 1, -1, 0, 1};  // query 2 leaves block 0 out
   Selection selection;
   selection.ids = Tensor(ids.data(), DType::i32, {4, 1, 2});
-  const SelectionMap map = make_selection_map(plan, selection, 0, 4, 4, 128);
+  const SelectionMap map = make_selection_map(plan, selection.ids, 0, 4, 4, 128);
   ASSERT_EQ(map.rows, 2);
   ASSERT_EQ(map.columns, 2);
   EXPECT_EQ(map.share(0, 0, 0), 1.0);
@@ -42,7 +42,7 @@ TEST(SelectionMap, AggregatesBlocksIntoCells) {
   std::vector<std::int32_t> ids{0, 1, 2, 3, 4, 5};
   Selection selection;
   selection.ids = Tensor(ids.data(), DType::i32, {6, 1, 1});
-  const SelectionMap map = make_selection_map(plan, selection, 0, 6, 6, 2);
+  const SelectionMap map = make_selection_map(plan, selection.ids, 0, 6, 6, 2);
   EXPECT_EQ(map.blocks_per_cell, 3);
   EXPECT_EQ(map.rows, 2);
   EXPECT_NEAR(map.share(0, 0, 0), 1.0 / 3, 1e-12);  // 3 of 3 x 3 pairs
@@ -54,7 +54,7 @@ TEST(SelectionMap, DrawsOnlyTheRowsOfItsQueries) {
   std::vector<std::int32_t> ids{1, 4};
   Selection selection;
   selection.ids = Tensor(ids.data(), DType::i32, {1, 1, 2});
-  const SelectionMap map = make_selection_map(plan, selection, 0, 1, 10, 128);
+  const SelectionMap map = make_selection_map(plan, selection.ids, 0, 1, 10, 128);
   EXPECT_EQ(map.first_row, 4);
   EXPECT_EQ(map.rows, 1);
   EXPECT_EQ(map.columns, 5);
@@ -67,10 +67,10 @@ TEST(SelectionMap, QueriesBeforeTheFirstKeyAreLeftOut) {
   std::vector<std::int32_t> ids{-1, -1, 0};
   Selection selection;
   selection.ids = Tensor(ids.data(), DType::i32, {3, 1, 1});
-  const SelectionMap map = make_selection_map(plan, selection, 0, 3, 1, 128);
+  const SelectionMap map = make_selection_map(plan, selection.ids, 0, 3, 1, 128);
   EXPECT_EQ(map.rows, 1);
   EXPECT_EQ(map.share(0, 0, 0), 1.0);
-  EXPECT_TRUE(make_selection_map(plan, selection, 0, 3, 0, 128).shares.empty());
+  EXPECT_TRUE(make_selection_map(plan, selection.ids, 0, 3, 0, 128).shares.empty());
 }
 
 TEST(SelectionSvg, ManyHeadsGetFewerCells) {

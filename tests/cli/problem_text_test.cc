@@ -6,6 +6,7 @@
 #include <string>
 
 #include "moba/error.h"
+#include "text.h"
 
 namespace moba::cli {
 namespace {
@@ -49,6 +50,43 @@ TEST(ProblemText, ReadsEveryKey) {
   EXPECT_EQ(text.options.bf16_products, Bf16Products::widen);
 }
 
+TEST(ProblemText, ComputesAsTheOptionsSayUnlessItSaysOtherwise) {
+  Options options;
+  options.backend = Backend::cuda;
+  options.threads = 3;
+  options.cuda_device = 1;
+  options.cuda_kernels = "sm90";
+  options.workspace_limit = 7;
+  const Options kept = parse_problem("tokens=1", options).options;
+  EXPECT_EQ(kept.backend, Backend::cuda);
+  EXPECT_EQ(kept.threads, 3);
+  EXPECT_EQ(kept.cuda_device, 1);
+  EXPECT_EQ(kept.cuda_kernels, "sm90");
+  EXPECT_EQ(kept.workspace_limit, 7u);
+  const Options said =
+      parse_problem("tokens=1 device=2 kernels=portable workspace_limit=3M threads=1", options).options;
+  EXPECT_EQ(said.backend, Backend::cuda);
+  EXPECT_EQ(said.threads, 1);
+  EXPECT_EQ(said.cuda_device, 2);
+  EXPECT_EQ(said.cuda_kernels, "portable");
+  EXPECT_EQ(said.workspace_limit, std::size_t{3} << 20);
+  EXPECT_EQ(parse_problem("tokens=1 backend=cpu", options).options.backend, Backend::cpu);
+  EXPECT_EQ(parse_problem("tokens=1 backend=cuda").options.backend, Backend::cuda);
+}
+
+TEST(Bytes, AreReadWithTheirUnits) {
+  EXPECT_EQ(parse_bytes("x", "1"), 1);
+  EXPECT_EQ(parse_bytes("x", "3K"), 3072);
+  EXPECT_EQ(parse_bytes("x", "512M"), std::int64_t{512} << 20);
+  EXPECT_EQ(parse_bytes("x", "512MiB"), std::int64_t{512} << 20);
+  EXPECT_EQ(parse_bytes("x", "2GiB"), std::int64_t{2} << 30);
+  EXPECT_EQ(parse_bytes("x", "8388607T"), std::int64_t{8388607} << 40);
+  for (const char* text :
+       {"", "0", "-1", "0K", "K", "iB", "5iB", "1.5G", "1GB", "1 G", "1g", "1KK", "8388608T", " 1"}) {
+    EXPECT_THROW(parse_bytes("x", text), Error) << text;
+  }
+}
+
 // What describe says can be given again.
 TEST(ProblemText, DescriptionIsAProblem) {
   for (const char* problem : {"tokens=7", "tq=1 tk=9 batch=2 scale=0.25 rope_base=500000 dtype=f16 causal=0"}) {
@@ -58,8 +96,10 @@ TEST(ProblemText, DescriptionIsAProblem) {
 }
 
 TEST(ProblemText, HelpNamesEveryKey) {
-  for (const char* key : {"tokens", "tq", "tk", "batch", "q_heads", "kv_heads", "d", "block", "topk", "dtype", "causal",
-                          "scale", "rope_base", "threads", "backend", "target", "bf16_products"}) {
+  for (const char* key :
+       {"tokens",        "tq",     "tk",      "batch",          "q_heads",   "kv_heads", "d",       "block",
+        "topk",          "dtype",  "causal",  "scale",          "rope_base", "threads",  "backend", "target",
+        "bf16_products", "device", "kernels", "workspace_limit"}) {
     EXPECT_NE(problem_text_help().find("\n  " + std::string(key) + " "), std::string::npos) << key;
   }
 }

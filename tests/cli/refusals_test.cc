@@ -1,7 +1,6 @@
 // The program as a user runs it: what it refuses. Always one line on standard error, a code that is not 0, and no file.
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <filesystem>
 #include <string>
 #include <vector>
@@ -10,20 +9,6 @@
 
 namespace moba::cli {
 namespace {
-
-constexpr int kRefused = 1, kWrongCommandLine = 2;
-
-void expect_refusal(const std::vector<std::string>& arguments, int code, const std::string& part,
-                    const std::string& limits = "") {
-  std::string line = limits + " moba";
-  for (const std::string& argument : arguments) line += " " + argument;
-  SCOPED_TRACE(line);
-  const Finished run = run_moba(arguments, limits);
-  EXPECT_EQ(run.code, code);
-  EXPECT_EQ(std::count(run.err.begin(), run.err.end(), '\n'), 1) << run.err;
-  EXPECT_EQ(run.err.rfind("moba: ", 0), 0u) << run.err;
-  EXPECT_NE(run.err.find(part), std::string::npos) << run.err;
-}
 
 class CliRefusal : public testing::Test {
  protected:
@@ -73,7 +58,7 @@ TEST_F(CliRefusal, Numbers) {
 }
 
 TEST_F(CliRefusal, Choices) {
-  refuse({"--backend", "gpu"}, kWrongCommandLine, "allowed: cpu, reference");
+  refuse({"--backend", "gpu"}, kWrongCommandLine, "allowed: cpu, reference, cuda");
   refuse({"--bf16-products", "fast"}, kWrongCommandLine, "auto, widen, dot");
   refuse({"--bf16-products", "dot"}, kRefused, "bf16_products");  // the input is float32
   refuse({"--cpu-target", "nope"}, kRefused, "cpu_target");
@@ -235,6 +220,10 @@ TEST_F(CliRefusal, Problems) {
     refused("tokens=5 q_heads=3 kv_heads=2", "q_heads");
     refused("tokens=5 d=4", "head_dim");
     refused("tokens=5 target=nope", "cpu_target");
+    refused("tokens=5 backend=gpu", "allowed: cpu, reference, cuda");
+    refused("tokens=5 kernels=sm80", "allowed: sm90, portable");
+    refused("tokens=5 backend=reference workspace_limit=1G", "need backend=cuda");
+    refused("tokens=5 workspace_limit=1GB", "workspace_limit: is '1GB'");
     refused("tokens=1099511627776 batch=1048576 q_heads=1048576", "total_q");
     refused("tokens=1099511627777", "tokens");
   }

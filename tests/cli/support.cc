@@ -4,10 +4,12 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <sstream>
 
 #include "moba/error.h"
@@ -84,13 +86,28 @@ Finished run_moba(const std::vector<std::string>& arguments, const std::string& 
   return run;
 }
 
+void expect_refusal(const std::vector<std::string>& arguments, int code, const std::string& part,
+                    const std::string& limits) {
+  std::string line = limits + " moba";
+  for (const std::string& argument : arguments) line += " " + argument;
+  SCOPED_TRACE(line);
+  const Finished run = run_moba(arguments, limits);
+  EXPECT_EQ(run.code, code);
+  EXPECT_EQ(std::count(run.err.begin(), run.err.end(), '\n'), 1) << run.err;
+  EXPECT_EQ(run.err.rfind("moba: ", 0), 0u) << run.err;
+  EXPECT_NE(run.err.find(part), std::string::npos) << run.err;
+}
+
 void SmallInput::write(const std::string& path) const {
-  std::vector<std::vector<float>> memory;
+  std::vector<Buffer> memory;
   std::vector<NamedTensor> tensors;
   const auto add = [&](const char* name, std::int64_t tokens, std::int64_t heads, std::uint32_t seed) {
-    std::vector<float>& values = memory.emplace_back(static_cast<std::size_t>(tokens * heads * d));
-    for (std::size_t i = 0; i < values.size(); ++i) values[i] = hashed(seed * 1000003u + static_cast<std::uint32_t>(i));
-    tensors.push_back({name, ConstTensor(values.data(), DType::f32, {tokens, heads, d})});
+    const std::int64_t count = tokens * heads * d;
+    const Buffer& values = memory.emplace_back(static_cast<std::size_t>(count) * size_in_bytes(dtype));
+    for (std::int64_t i = 0; i < count; ++i) {
+      store_float(values.data(), dtype, i, hashed(seed * 1000003u + static_cast<std::uint32_t>(i)));
+    }
+    tensors.push_back({name, ConstTensor(values.data(), dtype, {tokens, heads, d})});
   };
   add("q", tq, q_heads, 1);
   add("k", tk, kv_heads, 2);
@@ -99,6 +116,21 @@ void SmallInput::write(const std::string& path) const {
     tensors.push_back({name, ConstTensor(values.data(), DType::i32, {static_cast<std::int64_t>(values.size())})});
   }
   write_safetensors(path, tensors);
+}
+
+double largest_row_error(const std::vector<float>& a, const std::vector<float>& b, std::size_t d) {
+  EXPECT_EQ(a.size(), b.size());
+  double largest = 0;
+  for (std::size_t row = 0; row < b.size() && a.size() == b.size(); row += d) {
+    double gap = 0, size = 0;
+    for (std::size_t i = row; i < row + d; ++i) {
+      gap += std::pow(static_cast<double>(a[i]) - static_cast<double>(b[i]), 2);
+      size += std::pow(static_cast<double>(b[i]), 2);
+    }
+    if (!std::isfinite(gap)) return std::numeric_limits<double>::infinity();
+    if (gap > 0) largest = std::max(largest, std::sqrt(gap / size));
+  }
+  return largest;
 }
 
 std::vector<float> read_floats(const SafetensorsReader& file, const std::string& name) {

@@ -44,13 +44,23 @@ struct Finished {
 // Runs the program with these arguments, in this process's folder. `limits` are shell commands that come first.
 Finished run_moba(const std::vector<std::string>& arguments, const std::string& limits = "");
 
-// q, k and v of a small problem, from a hash of their indices; float32.
+constexpr int kRefused = 1, kWrongCommandLine = 2;
+
+// The program refuses these arguments: this exit code, and one line on standard error that holds `part`.
+void expect_refusal(const std::vector<std::string>& arguments, int code, const std::string& part,
+                    const std::string& limits = "");
+
+// q, k and v of a small problem, from a hash of their indices.
 struct SmallInput {
   std::int64_t tq = 64, tk = 64, q_heads = 4, kv_heads = 2, d = 16;
+  DType dtype = DType::f32;
   std::map<std::string, std::vector<std::int32_t>> offsets;  // cu_seqlens tensors by name
 
   void write(const std::string& path) const;
 };
+
+// The largest |a - b| / |b| over rows of d; infinite where a value is not finite.
+double largest_row_error(const std::vector<float>& a, const std::vector<float>& b, std::size_t d);
 
 // The floats of a tensor of a file, widened.
 std::vector<float> read_floats(const SafetensorsReader& file, const std::string& name);

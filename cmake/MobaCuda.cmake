@@ -1,0 +1,61 @@
+# MOBA_HAS_CUDA: whether the cuda backend is built. MOBA_CUDA_ARCHITECTURES: what its portable kernels are compiled for, the
+# newest as PTX too, for the GPUs to come; the kernels of sm_90a are apart (src/CMakeLists.txt).
+set(MOBA_HAS_CUDA OFF)
+if(NOT MOBA_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "MOBA_CUDA: is ${MOBA_CUDA}; allowed: AUTO, ON, OFF")
+endif()
+if(MOBA_CUDA STREQUAL OFF)
+  return()
+endif()
+
+if(NOT CMAKE_CUDA_COMPILER)
+  find_program(MOBA_NVCC nvcc HINTS $ENV{CUDACXX} $ENV{CUDA_HOME}/bin /usr/local/cuda/bin)
+  mark_as_advanced(MOBA_NVCC)
+  if(MOBA_NVCC)
+    set(CMAKE_CUDA_COMPILER ${MOBA_NVCC})
+  elseif(MOBA_CUDA STREQUAL ON)
+    message(FATAL_ERROR "MOBA_CUDA: is ON, but nvcc was not found; put it on the PATH or set CUDACXX, or use MOBA_CUDA=OFF")
+  else()
+    message(STATUS "No nvcc: building without the cuda backend")
+    return()
+  endif()
+endif()
+# Every target names its own.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES OFF)
+endif()
+enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.3)
+  message(FATAL_ERROR "MOBA_CUDA: nvcc is ${CMAKE_CUDA_COMPILER_VERSION}; 12.3 or later is needed. Or use MOBA_CUDA=OFF")
+endif()
+find_package(CUDAToolkit REQUIRED)
+set(MOBA_HAS_CUDA ON)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
+  set(MOBA_CUDA_ARCHITECTURES 80-real 90)
+else()
+  set(MOBA_CUDA_ARCHITECTURES 80-real 90-real 100-real 120)
+endif()
+
+# One target with kernels, for the architectures given.
+function(moba_cuda_target target)
+  target_compile_features(${target} PUBLIC cxx_std_20)
+  set_target_properties(${target} PROPERTIES
+    CUDA_ARCHITECTURES "${ARGN}" CXX_EXTENSIONS OFF
+    CXX_VISIBILITY_PRESET hidden CUDA_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON POSITION_INDEPENDENT_CODE ON)
+  target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src)
+  target_compile_definitions(${target} PRIVATE MOBA_BUILDING $<$<NOT:$<BOOL:${MOBA_SHARED}>>:MOBA_STATIC>)
+  target_link_libraries(${target} PRIVATE CUDA::cudart_static)
+  # -std=c++20: CMake 3.25 does not know that nvcc can. -Wpedantic would complain about what nvcc itself generates.
+  set(warnings -Wall -Wextra -Wshadow)
+  if(MOBA_WERROR)
+    list(APPEND warnings -Werror)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings>)
+  endif()
+  string(JOIN "," forwarded ${warnings})
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CXX>:${warnings} -Wno-restrict>
+    $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 --expt-relaxed-constexpr -Xcompiler=${forwarded}>)
+  if(MOBA_SANITIZE)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${MOBA_SANITIZE} -fno-omit-frame-pointer>)
+  endif()
+endfunction()

@@ -1,0 +1,45 @@
+// Where a token stands in the batch, on the device.
+#pragma once
+
+#include "cuda/contract.h"
+
+namespace moba::cuda {
+
+// The sequence that holds query token `token`, or -1: a table that was refused (prepare_batch) holds none.
+__device__ inline int find_sequence(const Batch& batch, int sequences, int token) {
+  int low = 0, high = sequences;  // the last sequence that begins at or before the token is below `high`
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (batch.sequences[middle].q_begin <= token) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  if (sequences == 0) return -1;
+  const int offset = token - batch.sequences[low].q_begin;
+  return offset >= 0 && offset < batch.sequences[low].q_len ? low : -1;
+}
+
+// Blocks, numbered through the batch, that the gate scores for a row: [low, high). Causal: those before the own block,
+// which is `high` itself where has_own.
+struct Candidates {
+  int block_begin = 0;  // of the row's sequence
+  int low = 0, high = 0;
+  bool has_own = false;
+};
+
+__device__ inline Candidates candidates_of(const Shape& shape, const Batch& batch, int token) {
+  const int s = find_sequence(batch, shape.batch, token);
+  if (s < 0) return {};
+  const DeviceSequence sequence = batch.sequences[s];
+  Candidates c{sequence.block_begin, sequence.block_begin, sequence.block_begin + sequence.blocks, false};
+  if (shape.causal) {
+    const int position = sequence.k_len - sequence.q_len + token - sequence.q_begin;
+    c.has_own = position >= 0;
+    c.high = c.has_own ? sequence.block_begin + position / shape.block_size : sequence.block_begin;
+  }
+  return c;
+}
+
+}  // namespace moba::cuda

@@ -1,0 +1,112 @@
+#include "cuda/device.h"
+
+#include "cuda/backend.h"
+#include "cuda/launch.h"
+#include "refuse.h"
+
+namespace moba::cuda {
+namespace {
+
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// Devices that the driver lists, or what stands in the way. Leaves no error behind for the caller's own CUDA calls.
+int count_devices(std::string& problem) {
+  int driver = 0, count = 0;
+  const int runtime = CUDART_VERSION;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+    problem = "no NVIDIA driver is installed";
+  } else if (driver / 1000 < runtime / 1000) {
+    problem = "the NVIDIA driver is too old: it serves CUDA " + version_text(driver) + ", this library needs " +
+              std::to_string(runtime / 1000) + ".0";
+  } else if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
+    problem = std::string("no GPU can be used: ") + cudaGetErrorString(error);
+    count = 0;
+  } else if (count == 0) {
+    problem = "the NVIDIA driver lists no GPU";
+  }
+  cudaGetLastError();
+  return count;
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  MOBA_CUDA(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+DeviceLimits limits_of(int index) {
+  DeviceLimits limits;
+  cudaDeviceProp properties;
+  MOBA_CUDA(cudaGetDeviceProperties(&properties, index));
+  limits.index = index;
+  limits.name = properties.name;
+  limits.memory = properties.totalGlobalMem;
+  limits.major = attribute(cudaDevAttrComputeCapabilityMajor, index);
+  limits.minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
+  limits.sm_count = attribute(cudaDevAttrMultiProcessorCount, index);
+  return limits;
+}
+
+std::string unfit(const DeviceLimits& limits) {
+  const std::string is = limits.name + ", compute capability " + std::to_string(limits.major) + "." +
+                         std::to_string(limits.minor);
+  if (limits.major < 8) return is + "; allowed: devices of compute capability 8.0 or later";
+  const CurrentDevice current(limits.index);
+  if (!has_kernels_for_current_device()) return is + ", which this library was not built for; allowed: a build that names it";
+  return {};
+}
+
+}  // namespace
+
+CurrentDevice::CurrentDevice(int index) {
+  MOBA_CUDA(cudaGetDevice(&before_));
+  if (before_ != index) MOBA_CUDA(cudaSetDevice(index));
+}
+
+CurrentDevice::~CurrentDevice() { cudaSetDevice(before_); }
+
+DeviceLimits device_limits(int index) {
+  std::string problem;
+  const int count = count_devices(problem);
+  if (!problem.empty()) refuse("options.backend", "cuda, but " + problem, "cpu, reference here");
+  check_range("options.cuda_device", index, 0, count - 1);
+  const DeviceLimits limits = limits_of(index);
+  problem = unfit(limits);
+  if (!problem.empty()) throw Error("options.cuda_device: is " + std::to_string(index) + ", " + problem);
+  return limits;
+}
+
+CudaSupport support() {
+  CudaSupport support;
+  support.built = true;
+  support.runtime = version_text(CUDART_VERSION);
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0) support.driver = version_text(driver);
+  const int count = count_devices(support.problem);
+  for (int i = 0; i < count; ++i) {
+    const DeviceLimits limits = limits_of(i);
+    const std::string problem = unfit(limits);
+    if (problem.empty()) {
+      support.devices.push_back(
+          {i, limits.name, limits.major, limits.minor, limits.memory, limits.has_sm90() ? "sm90" : "portable"});
+    } else if (support.problem.empty()) {
+      support.problem = "device " + std::to_string(i) + " is " + problem;
+    }
+  }
+  if (!support.devices.empty()) support.problem.clear();
+  return support;
+}
+
+int device_of(const void* pointer) {
+  cudaPointerAttributes attributes;
+  if (cudaPointerGetAttributes(&attributes, pointer) != cudaSuccess) {
+    cudaGetLastError();
+    return -1;
+  }
+  const bool on_device = attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
+  return on_device ? attributes.device : -1;
+}
+
+}  // namespace moba::cuda

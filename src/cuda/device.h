@@ -1,0 +1,43 @@
+// The GPUs of this machine, as far as the backend needs to know them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "moba/info.h"
+
+namespace moba::cuda {
+
+// What the choice of kernels depends on. Made by hand in tests: the choice needs no device.
+struct DeviceLimits {
+  int index = 0;
+  std::string name;
+  int major = 0, minor = 0;  // compute capability
+  int sm_count = 1;
+  std::size_t memory = 0;  // bytes
+
+  bool has_sm90() const { return major == 9 && minor == 0; }  // what is compiled for sm_90a runs there and nowhere else
+};
+
+// The device, or moba::Error that says what is missing: driver, device, kernels for it.
+DeviceLimits device_limits(int index);
+
+// Makes `index` the current device as long as it lives.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int index);
+  ~CurrentDevice();
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+// probe.cu: whether this library holds kernels that the current device can run.
+bool has_kernels_for_current_device();
+
+}  // namespace moba::cuda

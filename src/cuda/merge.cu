@@ -1,0 +1,246 @@
+// Rows of out [Tq, Hq, d] from partial results: merge() through the positions of the slab's index, merge_partials()
+// from the caller's tensors; fill_dense_rest() writes the rows that dense attention has no unit for.
+#include <cmath>
+
+#include "cuda/batch.cuh"
+#include "cuda/contract.h"
+#include "cuda/launch.h"
+#include "cuda/ptx/math.cuh"
+
+namespace moba::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kLoads = 8;  // partial rows in flight a lane: a prototype read 4.07 TB/s so on an H200
+constexpr float kLn2 = 0.693147180559945f;
+constexpr float kNoWeight = -1.0f;              // of a partial that is not there: its out says nothing
+constexpr std::uint32_t kNanPair = 0x7fff7fff;  // two NaN, f16 or bf16
+
+__device__ __forceinline__ uint4 splat(std::uint32_t word) { return make_uint4(word, word, word, word); }
+
+template <class T>
+__device__ __forceinline__ void add_weighted(float (&sum)[8], float weight, const uint4& chunk) {
+  const std::uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = ptx::unpack<T>(words[i]);
+    sum[2 * i] += weight * pair.x;
+    sum[2 * i + 1] += weight * pair.y;
+  }
+}
+
+// 4x4 transpose over a quad of lanes: lane c gives word m to lane m as that lane's word c.
+__device__ __forceinline__ void transpose_quad(std::uint32_t (&words)[4], int lane) {
+  const bool odd = (lane & 1) != 0, upper = (lane & 2) != 0;
+  std::uint32_t x = __shfl_xor_sync(~0u, odd ? words[0] : words[1], 1);
+  std::uint32_t y = __shfl_xor_sync(~0u, odd ? words[2] : words[3], 1);
+  words[odd ? 0 : 1] = x;
+  words[odd ? 2 : 3] = y;
+  x = __shfl_xor_sync(~0u, upper ? words[0] : words[2], 2);
+  y = __shfl_xor_sync(~0u, upper ? words[1] : words[3], 2);
+  words[upper ? 0 : 2] = x;
+  words[upper ? 1 : 3] = y;
+}
+
+struct Rows {
+  int head_begin, token_begin, rows;  // rows of a key head of the slab
+  int group, max_blocks, slots, head_dim;
+  int batch, total_q;
+};
+
+// prepare_batch refuses a batch as a whole: then no token lies in a sequence.
+__device__ __forceinline__ bool refused(const Batch& batch, int sequences, int total_q) {
+  if (sequences == 0) return true;
+  const DeviceSequence& last = batch.sequences[sequences - 1];
+  return last.q_begin + last.q_len != total_q;
+}
+
+// kGroup lanes a row, d / 8 of them with a chunk of 16 bytes; grid: (rows, heads of the slab).
+template <class T, int kGroup>
+__global__ void __launch_bounds__(kThreads)
+    merge_rows(Rows rows, Batch batch, Index index, Partials partials, View<void> out, LseView lse) {
+  const int lane = static_cast<int>(threadIdx.x) % kGroup;
+  const int row = static_cast<int>(blockIdx.x) * (kThreads / kGroup) + static_cast<int>(threadIdx.x) / kGroup;
+  const int head = static_cast<int>(blockIdx.y), slots = rows.slots;
+  const bool is_row = row < rows.rows, has_chunk = is_row && lane * 8 < rows.head_dim;
+  const std::int32_t* positions =
+      index.positions + (static_cast<std::int64_t>(head) * rows.rows + (is_row ? row : 0)) * slots;
+  const std::int64_t head_entry = index.offsets[static_cast<std::int64_t>(head) * rows.max_blocks];
+  const float* lse_of_head = partials.lse + head_entry;
+  const uint4* out_of_head =
+      static_cast<const uint4*>(partials.out) + head_entry * (rows.head_dim / 8) + (has_chunk ? lane : 0);
+
+  // Lane i holds slot i % 8 of each batch of 8 slots.
+  const auto position_of = [&](int slot) { return is_row && slot < slots ? __ldcs(positions + slot) : -1; };
+  const auto lse_of = [&](int position) { return position >= 0 ? __ldg(lse_of_head + position) : -INFINITY; };
+  int position = position_of(lane % kLoads);
+  const bool invalid = __shfl_sync(~0u, position, 0, kGroup) == kInvalidRow;
+  float slot_lse = lse_of(position), highest = slot_lse;
+  for (int first = kLoads; first < slots; first += kLoads) {
+    highest = fmaxf(highest, lse_of(position_of(first + lane % kLoads)));
+  }
+#pragma unroll
+  for (int step = 1; step < kLoads; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, step));
+
+  float sum[8] = {}, weights = 0.0f;
+  for (int first = 0; first < slots; first += kLoads) {
+    if (first > 0) {
+      position = position_of(first + lane % kLoads);
+      slot_lse = lse_of(position);
+    }
+    uint4 chunk[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int entry = __shfl_sync(~0u, position, i, kGroup);
+      chunk[i] = entry >= 0 && has_chunk ? __ldcs(out_of_head + static_cast<std::int64_t>(entry) * (rows.head_dim / 8))
+                                         : splat(0);
+    }
+    const float mine = slot_lse == -INFINITY ? kNoWeight : ptx::exp2_approx(slot_lse - highest);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const float weight = __shfl_sync(~0u, mine, i, kGroup);
+      if (weight != kNoWeight) {
+        add_weighted<T>(sum, weight, chunk[i]);
+        weights += weight;
+      }
+    }
+  }
+  const float factor = weights == 0.0f ? 0.0f : 1.0f / weights;
+  std::uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = ptx::pack<T>(sum[2 * i] * factor, sum[2 * i + 1] * factor);
+  transpose_quad(words, lane);
+  if (!has_chunk) return;
+
+  const int token_in_slab = row / rows.group;
+  const std::int64_t token = rows.token_begin + token_in_slab;
+  const int q_head = (rows.head_begin + head) * rows.group + row - token_in_slab * rows.group;
+  const bool is_nan = invalid || refused(batch, rows.batch, rows.total_q);
+  uint4* to = reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(out.data) + token * out.token_stride +
+                                       q_head * out.head_stride) +
+              lane;
+  __stcs(to, is_nan ? splat(kNanPair) : make_uint4(words[0], words[1], words[2], words[3]));
+  if (lane == 0 && lse.data != nullptr) {
+    const float value = weights == 0.0f ? -INFINITY : (highest + ptx::log2_approx(weights)) * kLn2;
+    lse.data[q_head * lse.head_stride + token * lse.token_stride] = is_nan ? NAN : value;
+  }
+}
+
+template <class T>
+auto merge_kernel(int head_dim) {
+  return head_dim <= 64 ? merge_rows<T, 8> : head_dim <= 128 ? merge_rows<T, 16> : merge_rows<T, 32>;
+}
+
+// A thread has 16 bytes of a row.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    merge_caller_rows(CallerPartials partials, std::int64_t rows, int heads, int lanes, View<void> out, LseView lse) {
+  const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x, row = thread / lanes;
+  if (row >= rows) return;
+  const int lane = static_cast<int>(thread - row * lanes);
+  const std::int64_t token = row / heads;
+  const int head = static_cast<int>(row - token * heads);
+  const auto lse_of = [&](int i) {
+    const View<const void>& view = partials.lse[i];
+    return __ldg(static_cast<const float*>(view.data) + head * view.head_stride + token * view.token_stride);
+  };
+  float highest = -INFINITY;
+#pragma unroll 8
+  for (int i = 0; i < partials.count; ++i) highest = fmaxf(highest, lse_of(i));
+  float sum[8] = {}, weights = 0.0f;
+  for (int first = 0; first < partials.count; first += kLoads) {
+    uint4 chunk[kLoads];
+    float weight[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      weight[i] = kNoWeight;
+      if (first + i >= partials.count) continue;
+      const View<const void>& view = partials.out[first + i];
+      chunk[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(view.data) +
+                                                      token * view.token_stride + head * view.head_stride) +
+                       lane);
+      const float value = lse_of(first + i);
+      if (value != -INFINITY) weight[i] = expf(value - highest);
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (weight[i] == kNoWeight) continue;
+      add_weighted<T>(sum, weight[i], chunk[i]);
+      weights += weight[i];
+    }
+  }
+  const float factor = weights == 0.0f ? 0.0f : 1.0f / weights;
+  uint4* to = reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(out.data) + token * out.token_stride +
+                                       head * out.head_stride) +
+              lane;
+  *to = make_uint4(ptx::pack<T>(sum[0] * factor, sum[1] * factor), ptx::pack<T>(sum[2] * factor, sum[3] * factor),
+                   ptx::pack<T>(sum[4] * factor, sum[5] * factor), ptx::pack<T>(sum[6] * factor, sum[7] * factor));
+  if (lane == 0 && lse.data != nullptr) {
+    lse.data[head * lse.head_stride + token * lse.token_stride] = weights == 0.0f ? -INFINITY : highest + logf(weights);
+  }
+}
+
+enum class Rest { none, empty, nan };
+
+// What a token's rows need that no unit writes.
+__device__ __forceinline__ Rest rest_of(const Batch& batch, int sequences, bool causal, int token) {
+  const int number = find_sequence(batch, sequences, token);
+  if (number < 0) return Rest::nan;
+  const DeviceSequence& s = batch.sequences[number];
+  const int position = s.k_len - s.q_len + token - s.q_begin;
+  return s.k_len == 0 || (causal && position < 0) ? Rest::empty : Rest::none;
+}
+
+// Each lane looks at a token; the warp then writes the rows of those that need it.
+__global__ void __launch_bounds__(kThreads)
+    fill_rows(Batch batch, int sequences, bool causal, int tokens, int heads, int chunks, View<void> out, LseView lse) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int mine = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+  const Rest rest = mine < tokens ? rest_of(batch, sequences, causal, mine) : Rest::none;
+  const unsigned nan = __ballot_sync(~0u, rest == Rest::nan);
+  for (unsigned left = __ballot_sync(~0u, rest != Rest::none); left != 0; left &= left - 1) {
+    const int from = __ffs(static_cast<int>(left)) - 1;
+    const bool is_nan = (nan >> from & 1) != 0;
+    const std::int64_t token = mine - lane + from;
+    for (int i = lane; i < heads * chunks; i += 32) {
+      const int head = i / chunks;
+      reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(out.data) + token * out.token_stride +
+                               head * out.head_stride)[i - head * chunks] = splat(is_nan ? kNanPair : 0);
+    }
+    if (lse.data == nullptr) continue;
+    for (int head = lane; head < heads; head += 32) {
+      lse.data[head * lse.head_stride + token * lse.token_stride] = is_nan ? NAN : -INFINITY;
+    }
+  }
+}
+
+}  // namespace
+
+void merge(const Shape& shape, Slab slab, Batch batch, const Index& index, const Partials& partials, View<void> out,
+           LseView lse, cudaStream_t stream) {
+  const Rows rows{slab.head_begin, slab.token_begin, slab.tokens * shape.group,
+                  shape.group,     shape.max_blocks, shape.slots,
+                  shape.head_dim,  shape.batch,      shape.total_q};
+  const int rows_per_cta = kThreads / (shape.head_dim <= 64 ? 8 : shape.head_dim <= 128 ? 16 : 32);
+  launch(
+      shape.dtype == DType::bf16 ? merge_kernel<__nv_bfloat16>(shape.head_dim) : merge_kernel<__half>(shape.head_dim),
+      dim3((rows.rows + rows_per_cta - 1) / rows_per_cta, slab.heads), kThreads, 0, stream, rows, batch, index,
+      partials, out, lse);
+}
+
+void merge_partials(const Shape& shape, const CallerPartials& partials, View<void> out, LseView lse,
+                    cudaStream_t stream) {
+  const std::int64_t rows = static_cast<std::int64_t>(shape.total_q) * shape.q_heads;
+  const int lanes = shape.head_dim / 8;
+  launch(shape.dtype == DType::bf16 ? merge_caller_rows<__nv_bfloat16> : merge_caller_rows<__half>,
+         dim3(static_cast<unsigned>((rows * lanes + kThreads - 1) / kThreads)), kThreads, 0, stream, partials, rows,
+         shape.q_heads, lanes, out, lse);
+}
+
+void fill_dense_rest(const Shape& shape, Batch batch, View<void> out, LseView lse, cudaStream_t stream) {
+  launch(fill_rows, dim3((shape.total_q + kThreads - 1) / kThreads), kThreads, 0, stream, batch, shape.batch,
+         shape.causal, shape.total_q, shape.q_heads, shape.head_dim / 8, out, lse);
+}
+
+}  // namespace moba::cuda

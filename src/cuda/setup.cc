@@ -1,0 +1,222 @@
+#include "cuda/setup.h"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <string>
+
+#include "cuda/backend.h"
+#include "refuse.h"
+
+namespace moba::cuda {
+namespace {
+
+constexpr std::size_t kDefaultScratch = std::size_t{2} << 30;
+constexpr std::int64_t kTokenStep = 128;  // slabs of part of the tokens are cut at multiples of this
+constexpr std::int64_t kMaxInt = std::numeric_limits<std::int32_t>::max();
+const char* const kElse = " on cuda; the cpu backend takes others";
+
+void check_problem(const Plan::Impl& plan) {
+  const Problem& p = plan.problem;
+  const auto allowed = [](const std::string& what) { return what + kElse; };
+  if (p.dtype == DType::f32) refuse("dtype", name(p.dtype), allowed("f16, bf16"));
+  constexpr std::array<std::int64_t, 6> kHeadDims = {32, 64, 96, 128, 192, 256};
+  if (std::ranges::find(kHeadDims, p.head_dim) == kHeadDims.end()) {
+    refuse("head_dim", p.head_dim, allowed("32, 64, 96, 128, 192, 256"));
+  }
+  const std::int64_t block = p.config.block_size;
+  if (block % 16 != 0 || block > 8192) refuse("config.block_size", block, allowed("multiples of 16 up to 8192"));
+  if (plan.slots > 64) refuse("config.top_k", p.config.top_k, allowed("up to 64"));
+  if (*p.config.scale < 0) refuse("config.scale", *p.config.scale, allowed("0 or more"));
+  if (checked_product("total_q * q_heads / kv_heads * top_k", {p.total_q, plan.group, plan.slots}) > kMaxInt) {
+    refuse("total_q", p.total_q, allowed("total_q * q_heads / kv_heads * top_k up to 2^31 - 1"));
+  }
+  if (checked_product("blocks * kv_heads", {plan.max_blocks, p.kv_heads}) > kMaxInt) {
+    refuse("config.block_size", block, allowed("blocks * kv_heads up to 2^31 - 1"));
+  }
+}
+
+Shape shape_of(const Plan::Impl& plan, const DeviceLimits& device) {
+  const Problem& p = plan.problem;
+  Shape s;
+  s.dtype = p.dtype;
+  s.head_dim = static_cast<int>(p.head_dim);
+  s.q_heads = static_cast<int>(p.q_heads);
+  s.kv_heads = static_cast<int>(p.kv_heads);
+  s.group = static_cast<int>(plan.group);
+  s.batch = static_cast<int>(p.batch);
+  s.total_q = static_cast<int>(p.total_q);
+  s.total_k = static_cast<int>(p.total_k);
+  s.block_size = static_cast<int>(p.config.block_size);
+  s.top_k = static_cast<int>(std::min<std::int64_t>(p.config.top_k, kMaxInt));
+  s.slots = static_cast<int>(plan.slots);
+  s.max_blocks = static_cast<int>(plan.max_blocks);
+  s.causal = p.config.causal;
+  s.scale = static_cast<float>(plan.scale);
+  s.sm_count = device.sm_count;
+  return s;
+}
+
+// The kernels for the shape; `family` is "sm90", "portable" or empty for the best.
+void choose_kernels(Setup& setup, const std::string& family) {
+  const Shape& s = setup.shape;
+  if (!family.empty() && family != "sm90" && family != "portable") {
+    refuse("options.cuda_kernels", "'" + family + "'", "sm90, portable, or empty for the best");
+  }
+  const bool fits = s.head_dim == 64 || s.head_dim == 128;
+  if (family == "sm90") {
+    if (!setup.device.has_sm90()) {
+      refuse("options.cuda_kernels", "sm90", "portable on " + setup.device.name + ", which is not of compute capability 9.0");
+    }
+    if (!fits) refuse("options.cuda_kernels", "sm90", "portable, where head_dim is not 64 or 128");
+  }
+  if (family == "portable" || !setup.device.has_sm90() || !fits) return;
+  if (s.slots <= (s.causal ? 17 : 16)) setup.gate = GateKernel::sm90;
+  setup.attend = s.block_size <= 128 ? AttendKernel::resident_sm90 : AttendKernel::stream_sm90;
+  setup.dense = AttendKernel::stream_sm90;
+}
+
+// Rows of one attend unit. Resident keys want many rows, since a change of units costs 1.6 us a multiprocessor, but also
+// eight units or more for each of them, so that all end at about the same time.
+int rows_per_unit(const Setup& setup) {
+  const Shape& s = setup.shape;
+  if (setup.attend == AttendKernel::stream_sm90) return 128;
+  if (setup.attend == AttendKernel::portable) return portable_rows(s.head_dim);
+  const std::int64_t entries = std::int64_t{s.total_q} * s.q_heads * s.slots;
+  return static_cast<int>(std::clamp<std::int64_t>(ceil_div(entries, std::int64_t{8} * s.sm_count * 64) * 64, 512, 2048));
+}
+
+std::size_t slab_bytes(const Setup& setup, std::int64_t heads, std::int64_t tokens) {
+  Carver carver;
+  BatchMemory(carver, setup.shape);
+  SlabMemory(carver, setup, {0, static_cast<int>(heads), 0, static_cast<int>(tokens)});
+  return carver.used();
+}
+
+// The largest n in [1, most] with fits(n), which holds for all smaller n too; 0 if there is none.
+template <class Fits>
+std::int64_t largest(std::int64_t most, Fits fits) {
+  std::int64_t good = 0, bad = most + 1;
+  while (bad - good > 1) {
+    const std::int64_t middle = good + (bad - good) / 2;
+    (fits(middle) ? good : bad) = middle;
+  }
+  return good;
+}
+
+// Slabs as large as `limit` allows, and of about equal size: whole heads if one fits, else tokens of one head.
+void choose_slabs(Setup& setup, std::size_t limit, std::size_t outside) {
+  const Shape& s = setup.shape;
+  const std::int64_t tokens = std::max(1, s.total_q), heads = s.kv_heads;
+  std::int64_t most = largest(heads, [&](std::int64_t n) { return slab_bytes(setup, n, tokens) <= limit; });
+  if (most > 0) {
+    setup.slab_tokens = static_cast<int>(tokens);
+    setup.slab_heads = static_cast<int>(ceil_div(heads, ceil_div(heads, most)));
+    return;
+  }
+  const std::int64_t steps = ceil_div(tokens, kTokenStep);
+  most = largest(steps, [&](std::int64_t n) { return slab_bytes(setup, 1, std::min(tokens, n * kTokenStep)) <= limit; });
+  if (most == 0) {
+    refuse("options.workspace_limit", std::to_string(limit + outside) + " bytes",
+           "at least " + std::to_string(slab_bytes(setup, 1, std::min(tokens, kTokenStep)) + outside) + " bytes for this problem");
+  }
+  setup.slab_heads = 1;
+  setup.slab_tokens = static_cast<int>(ceil_div(steps, ceil_div(steps, most)) * kTokenStep);
+}
+
+// The public index() takes all tokens of as many key heads at once as the slabs' memory holds, at least one.
+std::size_t choose_index_heads(Setup& setup, std::size_t available) {
+  const auto bytes = [&](std::int64_t heads) {
+    Carver carver;
+    BatchMemory(carver, setup.shape);
+    IndexMemory(carver, setup.shape, {0, static_cast<int>(heads), 0, setup.shape.total_q});
+    return carver.used();
+  };
+  const std::int64_t most = largest(setup.shape.kv_heads, [&](std::int64_t n) { return bytes(n) <= available; });
+  setup.index_heads = static_cast<int>(std::max<std::int64_t>(1, most));
+  return bytes(setup.index_heads);
+}
+
+std::size_t dense_bytes(const Setup& setup) {
+  Carver carver;
+  BatchMemory(carver, setup.shape);
+  DenseMemory(carver, setup);
+  return carver.used();
+}
+
+const char* name_of(AttendKernel kernel) {
+  switch (kernel) {
+    case AttendKernel::resident_sm90:
+      return "resident sm90";
+    case AttendKernel::stream_sm90:
+      return "stream sm90";
+    case AttendKernel::portable:
+      return "portable";
+  }
+  return "unknown";
+}
+
+}  // namespace
+
+BatchMemory::BatchMemory(Carver& carver, const Shape& shape)
+    : sequences(carver.take<DeviceSequence>(shape.batch)), blocks(carver.take<DeviceBlock>(shape.max_blocks)) {}
+
+SlabMemory::SlabMemory(Carver& carver, const Setup& setup, Slab slab) {
+  const Shape& s = setup.shape;
+  const std::int64_t lists = std::int64_t{slab.heads} * s.max_blocks;
+  const std::int64_t entries = std::int64_t{slab.heads} * slab.tokens * s.group * s.slots;
+  ids = carver.take<std::int32_t>(entries);
+  index.offsets = carver.take<std::int64_t>(lists + 1);
+  index.rows = carver.take<std::int32_t>(entries);
+  index.positions = carver.take<std::int32_t>(entries);
+  index_scratch = carver.take<std::byte>(static_cast<std::int64_t>(index_scratch_bytes(s, slab)));
+  units.units = carver.take<Unit>(unit_capacity(s, slab, setup.rows_per_unit));
+  units.counters = carver.take<std::int32_t>(2);
+  partials.out = carver.take<std::uint16_t>(entries * s.head_dim);
+  partials.lse = carver.take<float>(entries);
+}
+
+DenseMemory::DenseMemory(Carver& carver, const Setup& setup) {
+  units.units = carver.take<Unit>(dense_unit_capacity(setup.shape, setup.dense_rows_per_unit));
+  units.counters = carver.take<std::int32_t>(2);
+}
+
+IndexMemory::IndexMemory(Carver& carver, const Shape& shape, Slab slab)
+    : scratch(carver.take<std::byte>(static_cast<std::int64_t>(index_scratch_bytes(shape, slab)))) {}
+
+void prepare(Plan::Impl& plan, const DeviceLimits& device) {
+  check_problem(plan);
+  const auto made = std::make_shared<Setup>();
+  Setup& setup = *made;
+  setup.device = device;
+  setup.shape = shape_of(plan, device);
+  choose_kernels(setup, plan.options.cuda_kernels);
+  setup.rows_per_unit = rows_per_unit(setup);
+  setup.dense_rows_per_unit = setup.dense == AttendKernel::portable ? portable_rows(setup.shape.head_dim) : 128;
+
+  plan.selection_bytes = 0;  // chosen and used slab by slab
+  const std::size_t outside = 64 + plan.q_rotated_bytes + plan.k_rotated_bytes + plan.centroids_bytes;
+  const std::size_t total = plan.options.workspace_limit > 0 ? plan.options.workspace_limit : kDefaultScratch + outside;
+  const std::size_t limit = total > outside ? total - outside : 0;
+  choose_slabs(setup, limit, outside);
+  const std::size_t slab = slab_bytes(setup, setup.slab_heads, setup.slab_tokens);
+  plan.scratch_bytes = aligned(std::max({slab, choose_index_heads(setup, slab), dense_bytes(setup)}));
+  plan.cuda = made;
+}
+
+void prepare(Plan::Impl& plan) {
+  plan.device = Device::cuda;
+  plan.steps = &kSteps;
+  prepare(plan, device_limits(plan.options.cuda_device));
+}
+
+std::string describe_kernels(const Plan::Impl& plan) {
+  const Setup& setup = *plan.cuda;
+  std::string text = "cuda (" + setup.device.name + "): ";
+  if (plan.forward_is_dense) return text + name_of(setup.dense) + ", every block chosen: full attention";
+  text += std::string("gate ") + (setup.gate == GateKernel::sm90 ? "sm90" : "portable") + ", attend " + name_of(setup.attend);
+  const std::int64_t passes = ceil_div(setup.shape.kv_heads, setup.slab_heads) * ceil_div(std::max(1, setup.shape.total_q), setup.slab_tokens);
+  return text + ", " + std::to_string(passes) + (passes == 1 ? " pass" : " passes");
+}
+
+}  // namespace moba::cuda

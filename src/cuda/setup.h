@@ -1,0 +1,67 @@
+// What a plan of the cuda backend settles: kernels, slabs, and how the workspace is divided. Pure: it looks at the problem
+// and at the limits of a device, and calls nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "carver.h"
+#include "cuda/contract.h"
+#include "cuda/device.h"
+#include "plan_impl.h"
+
+namespace moba::cuda {
+
+enum class GateKernel : std::uint8_t { sm90, portable };
+enum class AttendKernel : std::uint8_t {
+  resident_sm90,  // a block of at most 128 keys stays in shared memory, many rows pass by
+  stream_sm90,    // 128 rows stay, the keys pass by
+  portable,
+};
+
+struct Setup {
+  DeviceLimits device;
+  Shape shape;
+  GateKernel gate = GateKernel::portable;
+  AttendKernel attend = AttendKernel::portable, dense = AttendKernel::portable;
+  int rows_per_unit = 64, dense_rows_per_unit = 64;
+  int slab_heads = 1, slab_tokens = 1;  // largest slab of forward and attend
+  int index_heads = 1;                  // key heads at a time of the public index(), all tokens
+};
+
+// Fills plan.cuda, scratch_bytes and selection_bytes, or refuses the problem or the options.
+void prepare(Plan::Impl& plan, const DeviceLimits& device);
+
+// ---- The scratch memory of a call, by what it computes. ----
+
+struct BatchMemory {
+  DeviceSequence* sequences;
+  DeviceBlock* blocks;
+
+  BatchMemory(Carver& carver, const Shape& shape);
+};
+
+// forward and attend: a slab's ids (attend reads the caller's), their transpose, units, partial results.
+struct SlabMemory {
+  std::int32_t* ids;  // [heads][tokens][group][slots]
+  Index index;
+  void* index_scratch;
+  UnitList units;
+  Partials partials;
+
+  SlabMemory(Carver& carver, const Setup& setup, Slab slab);
+};
+
+struct DenseMemory {
+  UnitList units;
+
+  DenseMemory(Carver& carver, const Setup& setup);
+};
+
+struct IndexMemory {
+  void* scratch;
+
+  IndexMemory(Carver& carver, const Shape& shape, Slab slab);
+};
+
+}  // namespace moba::cuda

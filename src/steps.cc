@@ -1,0 +1,32 @@
+// The steps of the backends that run on the host, and how they make up the whole operator.
+#include "call.h"
+#include "plan_impl.h"
+
+namespace moba {
+namespace {
+
+void forward_by_steps(const Call& given, const Intermediates& memory, const Outputs& outputs) {
+  const Steps& steps = *given.plan.steps;
+  Call call = given;
+  if (given.plan.rope) {
+    steps.rope(given, memory.q_rotated, memory.k_rotated);
+    call.q = memory.q_rotated;
+    call.k = memory.k_rotated;
+  }
+  steps.pool(call, memory.centroids);
+  steps.gate(call, memory.centroids, memory.selection);
+  steps.index(call, memory.selection);
+  steps.attend(call, memory.selection, outputs);
+}
+
+}  // namespace
+
+const Steps reference::kSteps = {
+    reference::rope,   reference::pool,  reference::gate,  reference::index,
+    reference::attend, reference::dense, reference::merge, forward_by_steps,
+};
+const Steps cpu::kSteps = {
+    cpu::rope, cpu::pool, cpu::gate, cpu::index, cpu::attend, cpu::dense, cpu::merge, forward_by_steps,
+};
+
+}  // namespace moba

@@ -1,0 +1,21 @@
+// The grid of problems of the cuda tests: that of the cpu tests as far as the kernels go (16-bit types, six head dims,
+// blocks that are multiples of 16, k up to 64, strides that are multiples of 8), and what meets every kernel.
+#pragma once
+
+#include <vector>
+
+#include "support.h"
+
+namespace moba::test {
+
+inline constexpr DType kTypes[] = {DType::f16, DType::bf16};
+inline constexpr std::int64_t kHeadDims[] = {32, 64, 96, 128, 192, 256};
+
+// A few, tiny: what compute-sanitizer runs.
+std::vector<Case> small_cases();
+// Every head dim, block size, group, k, kind of lengths and of strides, causal and not.
+std::vector<Case> grid_cases();
+// Anything of the above, at random.
+Case random_case(std::uint64_t seed);
+
+}  // namespace moba::test

@@ -1,0 +1,103 @@
+#include "device.h"
+
+#include <algorithm>
+#include <string>
+
+#include "moba/error.h"
+#include "text.h"
+
+namespace moba::cli {
+namespace {
+
+[[noreturn]] void refuse(int device, const gpu::MemoryState& memory, double bytes, const std::string& what) {
+  throw Error("GPU memory: " + format_bytes(bytes) + " are needed" + what + "; " + format_bytes(memory.free) + " of " +
+              format_bytes(memory.total) + " are free on device " + std::to_string(device));
+}
+
+ConstTensor placed(const ConstTensor& host, Place place, PlacedMemory& memory, const char* what) {
+  if (place.device == Device::cpu || !host.given()) return host;
+  const std::size_t bytes = bytes_of(host);
+  memory = PlacedMemory(place, bytes, what);
+  gpu::copy_to_device(place.index, memory.span().data(), host.data, bytes);
+  ConstTensor tensor = host;
+  tensor.data = memory.span().data();
+  tensor.device = place.device;
+  tensor.device_index = place.index;
+  return tensor;
+}
+
+}  // namespace
+
+Place::Place(const Plan& plan) {
+  if (plan.options().backend != Backend::cuda) return;
+  device = Device::cuda;
+  index = plan.options().cuda_device;
+}
+
+PlacedMemory::PlacedMemory(Place place, std::size_t bytes, const char* what) : place_(place), size_(bytes) {
+  if (place.device == Device::cpu) {
+    host_ = Buffer(bytes);
+    return;
+  }
+  // Not 0 bytes: a tensor without elements still has an address.
+  gpu_ = {gpu::allocate(place.index, std::max<std::size_t>(1, bytes)), gpu::Release{place.index}};
+  if (gpu_ == nullptr) {
+    refuse(place.index, gpu::memory_state(place.index), static_cast<double>(bytes), std::string(" for ") + what);
+  }
+}
+
+Tensor allocate(PlacedMemory& memory, Place place, DType dtype, std::initializer_list<std::int64_t> shape,
+                const char* what) {
+  Tensor tensor(nullptr, dtype, shape, place.device, place.index);
+  memory = PlacedMemory(place, bytes_of(tensor), what);
+  tensor.data = memory.span().data();
+  return tensor;
+}
+
+PlacedInputs::PlacedInputs(const Plan& plan, const Inputs& host) {
+  const Place place(plan);
+  inputs_.q = placed(host.q, place, q_, "q");
+  inputs_.k = placed(host.k, place, k_, "k");
+  inputs_.v = placed(host.v, place, v_, "v");
+  inputs_.cu_seqlens_q = placed(host.cu_seqlens_q, place, cu_seqlens_q_, "cu_seqlens_q");
+  inputs_.cu_seqlens_k = placed(host.cu_seqlens_k, place, cu_seqlens_k_, "cu_seqlens_k");
+}
+
+OnHost::OnHost(const Tensor& tensor) : tensor_(tensor) {
+  if (tensor.device == Device::cpu) return;
+  memory_ = Buffer(bytes_of(tensor));
+  gpu::copy_to_host(tensor.device_index, memory_.data(), tensor.data, memory_.size());
+  tensor_.data = memory_.data();
+  tensor_.device = Device::cpu;
+  tensor_.device_index = 0;
+}
+
+Stopwatch::Stopwatch(const Plan& plan) {
+  const Place place(plan);
+  if (place.device == Device::cuda) gpu_ = std::make_unique<gpu::Marks>(place.index);
+}
+
+void Stopwatch::lap() {
+  if (gpu_ != nullptr) return gpu_->set();
+  host_.push_back(std::chrono::steady_clock::now());
+}
+
+std::vector<double> Stopwatch::seconds() {
+  if (gpu_ != nullptr) return gpu_->seconds();
+  std::vector<double> seconds;
+  for (std::size_t i = 1; i < host_.size(); ++i) {
+    seconds.push_back(std::chrono::duration<double>(host_[i] - host_[i - 1]).count());
+  }
+  return seconds;
+}
+
+void require_gpu_memory(const Plan& plan, double bytes) {
+  const int device = Place(plan).index;
+  const gpu::MemoryState memory = gpu::memory_state(device);
+  if (bytes <= memory.free) return;
+  const double workspace = static_cast<double>(plan.workspace_bytes());
+  refuse(device, memory, bytes,
+         " for the tensors and the workspace, which takes " + format_bytes(workspace) + " (--workspace-limit)");
+}
+
+}  // namespace moba::cli
