@@ -40,7 +40,7 @@ class Figures {
                  "ms", "TFLOP/s", "GB/s", "roofline");
     const auto work = amounts(workload.plan, problem.starts);
     const auto time = [&](const Work& call) {
-      const std::vector<StageTime> times = rested(stream_, call);
+      std::vector<StageTime> times = rested(stream_, call);
       for (const StageTime& stage : times) print(name, stage, work);
       return times;
     };

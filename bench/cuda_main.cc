@@ -9,14 +9,13 @@
 #include "cuda_figures.h"
 
 int main(int argc, char** argv) {
-  using namespace moba::bench;
   CLI::App app(
       "Measures the cuda backend and prints lines 'figure NAME VALUE UNIT' to stdout; the rest goes to stderr.");
-  CudaFigureOptions options;
+  moba::bench::CudaFigureOptions options;
   int index = -1;
   bool list = false;
   app.add_option("PROBLEM", options.names, "problems to measure; none: all. See --list")
-      ->check(CLI::IsMember(cuda_problem_names()));
+      ->check(CLI::IsMember(moba::bench::cuda_problem_names()));
   app.add_flag("--quick", options.quick, "only problems with a target (if none are named), and no continuous load");
   app.add_option("--kernels", options.kernels, "kernel family for all problems; none: the best that the device has")
       ->check(CLI::IsMember({"sm90", "portable"}));
@@ -24,7 +23,7 @@ int main(int argc, char** argv) {
   app.add_flag("--list", list, "print the names of the problems, and measure nothing");
   CLI11_PARSE(app, argc, argv);
   if (list) {
-    for (const std::string& name : cuda_problem_names()) std::printf("%s\n", name.c_str());
+    for (const std::string& name : moba::bench::cuda_problem_names()) std::printf("%s\n", name.c_str());
     return 0;
   }
   try {
@@ -38,7 +37,7 @@ int main(int argc, char** argv) {
     }
     std::fprintf(stderr, "moba %s, %s, CUDA %s, driver for CUDA %s\n", moba::version(), device->name.c_str(),
                  support.runtime.c_str(), support.driver.c_str());
-    cuda_figures(*device, options);
+    moba::bench::cuda_figures(*device, options);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "moba_bench_cuda: %s\n", error.what());
     return 1;

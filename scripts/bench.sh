@@ -2,9 +2,9 @@
 # Measures. Lines "figure NAME VALUE UNIT" and nothing else go to stdout, all the rest to stderr.
 #
 #   ./scripts/bench.sh cpu [OPTION...]     options are passed on to moba_bench: see its --help
-#   ./scripts/bench.sh cuda [OPTION...]    on a machine with an NVIDIA GPU and nvcc; options go to moba_bench_cuda. Where
-#                                          python3 has PyTorch, its dense attention is timed as well, and with matplotlib
-#                                          a run of all problems draws docs/crossover.svg
+#   ./scripts/bench.sh cuda [OPTION...]    takes an NVIDIA GPU and nvcc; options are passed on to moba_bench_cuda. Where
+#                                          python3 has PyTorch, its dense attention is timed as well, and with
+#                                          matplotlib a run without options draws docs/crossover.svg
 #
 # Installs what is missing from Debian's packages first, and says what.
 set -euo pipefail
@@ -18,8 +18,8 @@ sort_lines() { awk '/^figure /{print; fflush(); next} {print > "/dev/stderr"}'; 
 bench_cpu() {
   require_packages "${build_packages[@]}" "${program_packages[@]}" "${bench_packages[@]}"
   build bench
-  # OpenBLAS picks its kernels by the processor, unless the environment says otherwise; the figures compare with the ones
-  # that fit the machine.
+  # OpenBLAS picks its kernels by the processor, unless the environment says otherwise; the figures compare with the
+  # ones that fit the machine.
   unset OPENBLAS_CORETYPE OPENBLAS_L2_SIZE
   build/bench/bin/moba_bench "$@" | sort_lines
 }

@@ -80,12 +80,15 @@ run_package() {
 }
 
 run_demo() {
-  local picture=$check/selection.svg
-  rm -f "$picture"
-  build/ci/bin/moba compare data/smollm2-135m-layer15.safetensors --block-size 128 --top-k 8 --rope-base 100000 \
-    --svg "$picture"
-  grep -q '<path\|<rect' "$picture" || die "the picture is empty: $picture"
-  [[ $(tail -n 1 "$picture") == *'</svg>' ]] || die "the picture is cut short: $picture"
+  local picture=$check/selection.svg backend backends=(cpu)
+  if build/ci/bin/moba info --backend cuda; then backends+=(cuda); fi
+  for backend in "${backends[@]}"; do
+    rm -f "$picture"
+    build/ci/bin/moba compare data/smollm2-135m-layer15.safetensors --block-size 128 --top-k 8 --rope-base 100000 \
+      --svg "$picture" --backend "$backend"
+    grep -q '<path\|<rect' "$picture" || die "the picture is empty: $picture"
+    [[ $(tail -n 1 "$picture") == *'</svg>' ]] || die "the picture is cut short: $picture"
+  done
 }
 
 # What README.md quotes of moba_bench.

@@ -129,9 +129,10 @@ double tolerance(DType dtype) { return dtype == DType::f32 ? 1e-5 : dtype == DTy
         return fail() << "relative error of out is " << std::sqrt(error / norm) << ", norm " << std::sqrt(norm);
       }
       const double lse = got.lse.get(head, token), should = expected.lse[head * tokens + token];
-      const bool fits = std::isnan(should)   ? std::isnan(lse)
-                        : std::isinf(should) ? lse == should
-                                             : std::abs(lse - should) <= lse_bound * std::max(1.0, std::abs(should)) + extra;
+      const bool fits = std::isnan(should) ? std::isnan(lse)
+                        : std::isinf(should)
+                            ? lse == should
+                            : std::abs(lse - should) <= lse_bound * std::max(1.0, std::abs(should)) + extra;
       if (!fits) return fail() << "lse is " << lse << ", expected " << should;
     }
   }

@@ -228,6 +228,11 @@ TEST(RefusedCalls, EveryTensor) {
   }
 }
 
+TEST(RefusedCalls, TensorsOfADevice) {
+  expect_refused(kForward, "q.device: is cuda; allowed: cpu", "on a device",
+                 [](Arguments& a) { a.inputs.q.device = Device::cuda; });
+}
+
 // A written tensor in the memory of whatever else the function has: refused, whichever of the two.
 TEST(RefusedCalls, EveryOverlap) {
   const std::vector<Argument> all = arguments();

@@ -201,6 +201,20 @@ TEST(RefusedPlans, Options) {
   }
 }
 
+// Why there is no cuda backend is said by the plan as by cuda_support().
+TEST(RefusedPlans, CudaWithoutADevice) {
+  const CudaSupport support = cuda_support();
+  if (!support.devices.empty()) GTEST_SKIP() << "there is a GPU: " << support.devices.front().name;
+  EXPECT_NE(support.problem, "");
+  Problem p = good_problem();
+  p.dtype = DType::bf16;
+  expect_refused(p, {.backend = Backend::cuda}, "options.");
+  expect_refused(p, {.backend = Backend::cuda}, "cuda");
+  if (support.built) return;
+  EXPECT_NE(support.problem.find("built without CUDA"), std::string::npos) << support.problem;
+  expect_refused(p, {.backend = Backend::cuda}, support.problem);
+}
+
 TEST(RefusedPlans, Bfloat16PairProducts) {
   Problem p = good_problem();
   p.dtype = DType::bf16;

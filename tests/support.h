@@ -184,8 +184,8 @@ reference::Rows brute_force(const Case& c, const Data& data, const Chosen* chose
 
 // The relative error of a row that docs/spec.md section 10 allows.
 double tolerance(DType dtype);
-// Every row of `got` against float64: the relative error of out at most tolerance + extra, that of lse at most lse_bound +
-// extra; zero, infinite and NaN where the reference is.
+// Every row of `got` against float64: the relative error of out at most tolerance + extra, that of lse at most
+// lse_bound + extra; zero, infinite and NaN where the reference is.
 ::testing::AssertionResult close(const Attention& got, const reference::Rows& expected, DType dtype, double extra = 0,
                                  double lse_bound = 1e-5);
 // The bound on `extra` where scores are large: 4 * 2^-24 * the largest |scale| * sum |q_i k_i| of any pair.

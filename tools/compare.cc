@@ -59,11 +59,10 @@ void compare_times(const CompareArguments& arguments, const AttentionFile& file,
   double whole = 0, dense = 0;
   {
     Progress progress;
-    moba = fastest_forward(forward, arguments.repeat, progress);
-    whole = whole_differs(plan) ? fastest(arguments.repeat, [&] { return forward.run_whole(progress); })
-                                : total_seconds(moba);
-    dense =
-        fastest(arguments.repeat, [&] { return run_dense(plan, inputs, full.outputs, forward.workspace(), progress); });
+    const int passes = warm_ups(plan) + arguments.repeat;
+    moba = fastest_forward(forward, passes, progress);
+    whole = whole_differs(plan) ? fastest(passes, [&] { return forward.run_whole(progress); }) : total_seconds(moba);
+    dense = fastest(passes, [&] { return run_dense(plan, inputs, full.outputs, forward.workspace(), progress); });
   }
   const Arithmetic arithmetic = plan.arithmetic(file.starts_q, file.starts_k);
   const double flop = arithmetic.pool + arithmetic.gate + arithmetic.attend;

@@ -59,59 +59,59 @@ void copy_to_host(int device, void* to, const void* from, std::size_t bytes) {
   check(cudaStreamSynchronize(kStream), "copying from the device");
 }
 
-// Keeps the stream waiting. Not for long: were the queue to fill up, the host would wait for the stream in its turn.
-class Marks::Hold {
- public:
+struct Marks::State {
+  explicit State(int index) : device(index) {}
+
+  // Keeps the stream waiting. Not for long: were the queue to fill up, the host would wait for the stream in its turn.
+  static void hold(void* state) {
+    auto& self = *static_cast<State*>(state);
+    std::unique_lock lock(self.mutex);
+    self.wake.wait_for(lock, std::chrono::milliseconds(2), [&self] { return self.released; });
+  }
   void release() {
     {
-      const std::lock_guard lock(mutex_);
-      released_ = true;
+      const std::lock_guard lock(mutex);
+      released = true;
     }
-    wake_.notify_all();
-  }
-  static void wait(void* hold) { static_cast<Hold*>(hold)->wait_here(); }
-
- private:
-  void wait_here() {
-    std::unique_lock lock(mutex_);
-    wake_.wait_for(lock, std::chrono::milliseconds(2), [this] { return released_; });
+    wake.notify_all();
   }
 
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  bool released_ = false;
+  const int device;
+  std::vector<cudaEvent_t> events;
+  std::mutex mutex;
+  std::condition_variable wake;
+  bool released = false;
 };
 
-Marks::Marks(int device) : device_(device), hold_(std::make_unique<Hold>()) {
-  use(device_);
-  check(cudaLaunchHostFunc(kStream, Hold::wait, hold_.get()), "preparing to measure");
+Marks::Marks(int device) : state_(std::make_unique<State>(device)) {
+  use(device);
+  check(cudaLaunchHostFunc(kStream, State::hold, state_.get()), "preparing to measure");
 }
 
 Marks::~Marks() {
-  hold_->release();
-  if (cudaSetDevice(device_) != cudaSuccess) return;
-  cudaStreamSynchronize(kStream);  // the stream reads hold_
-  for (void* event : events_) cudaEventDestroy(static_cast<cudaEvent_t>(event));
+  state_->release();
+  if (cudaSetDevice(state_->device) != cudaSuccess) return;
+  cudaStreamSynchronize(kStream);  // the stream reads the state
+  for (cudaEvent_t event : state_->events) cudaEventDestroy(event);
 }
 
 void Marks::set() {
-  use(device_);
+  use(state_->device);
   cudaEvent_t event = nullptr;
   check(cudaEventCreate(&event), "measuring");
-  events_.push_back(event);
+  state_->events.push_back(event);
   check(cudaEventRecord(event, kStream), "measuring");
 }
 
 std::vector<double> Marks::seconds() {
-  hold_->release();
-  use(device_);
+  state_->release();
+  use(state_->device);
   check(cudaStreamSynchronize(kStream), "waiting for the kernels");
+  const std::vector<cudaEvent_t>& events = state_->events;
   std::vector<double> seconds;
-  for (std::size_t i = 1; i < events_.size(); ++i) {
+  for (std::size_t i = 1; i < events.size(); ++i) {
     float milliseconds = 0;
-    check(cudaEventElapsedTime(&milliseconds, static_cast<cudaEvent_t>(events_[i - 1]),
-                               static_cast<cudaEvent_t>(events_[i])),
-          "measuring");
+    check(cudaEventElapsedTime(&milliseconds, events[i - 1], events[i]), "measuring");
     seconds.push_back(static_cast<double>(milliseconds) * 1e-3);
   }
   return seconds;

@@ -41,11 +41,9 @@ class Marks {
   std::vector<double> seconds();
 
  private:
-  class Hold;
+  struct State;
 
-  int device_;
-  std::unique_ptr<Hold> hold_;
-  std::vector<void*> events_;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace moba::cli::gpu

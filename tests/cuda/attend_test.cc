@@ -13,7 +13,7 @@ namespace {
 struct Expected {
   Case c;
   Data data;
-  Chosen chosen;      // the reference's
+  Chosen chosen;       // the reference's
   Chosen any, shared;  // of anybody's
   reference::Rows gated_rows, any_rows, shared_rows, dense_rows;
   reference::Rows cpu_any_rows, cpu_dense_rows;
@@ -109,17 +109,20 @@ TEST_F(CudaAttend, Grid) { expect_all(reseeded(grid_cases())); }
 
 TEST_F(CudaAttend, RandomProblems) {
   std::vector<Case> cases;
-  for (int i = 0; i < random_cases(150); ++i) cases.push_back(random_case(run_seed() * 1000 + static_cast<std::uint64_t>(i)));
+  for (int i = 0; i < random_cases(150); ++i)
+    cases.push_back(random_case(run_seed() * 1000 + static_cast<std::uint64_t>(i)));
   expect_all(cases);
 }
 
 // Larger than float64 has time for: the cpu backend judges.
 TEST_F(CudaAttend, LargeAgainstTheCpu) {
   std::vector<Case> cases;
-  for (const auto& [d, block_size, k] : {std::tuple{128, 128, 8}, {64, 64, 12}, {128, 512, 3}, {128, 16, 40}, {256, 128, 4}}) {
+  for (const auto& [d, block_size, k] :
+       {std::tuple{128, 128, 8}, {64, 64, 12}, {128, 512, 3}, {128, 16, 40}, {256, 128, 4}}) {
     for (const bool packed : {false, true}) {
       Case c{.name = "large", .dtype = DType::bf16, .q_heads = 8, .kv_heads = 2, .head_dim = d, .seed = run_seed()};
-      c.q_lengths = c.k_lengths = packed ? std::vector<std::int64_t>{1000, 0, 1, 3000, 4096} : std::vector<std::int64_t>{8192};
+      c.q_lengths = c.k_lengths =
+          packed ? std::vector<std::int64_t>{1000, 0, 1, 3000, 4096} : std::vector<std::int64_t>{8192};
       c.config = {.block_size = block_size, .top_k = k};
       cases.push_back(c);
     }
@@ -168,7 +171,8 @@ TEST_F(CudaAttend, SinkSkewed) {
     data[i].emplace(c);
     for (std::int64_t token = 0; token < 1500; ++token) {
       for (std::int64_t head = 0; head < 8; ++head) data[i]->q.set(token, head, 0, 3.0f);
-      for (std::int64_t head = 0; head < 2; ++head) data[i]->k.set(token, head, 0, token < c.config.block_size ? 8.0f : -8.0f);
+      for (std::int64_t head = 0; head < 2; ++head)
+        data[i]->k.set(token, head, 0, token < c.config.block_size ? 8.0f : -8.0f);
     }
     Runner run(c.problem(), reference_options());
     Chosen chosen = run.select(data[i]->inputs());

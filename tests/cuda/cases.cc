@@ -176,7 +176,8 @@ Case random_case(std::uint64_t seed) {
     return values[static_cast<std::size_t>(random.integer(0, std::ssize(values) - 1))];
   };
   const auto layout = [&] {
-    Layout l{.gap = 8 * one_of(std::array{0, 0, 0, 1, 5}), .swapped = random.one_in(3), .offset = 8 * random.integer(0, 7)};
+    Layout l{
+        .gap = 8 * one_of(std::array{0, 0, 0, 1, 5}), .swapped = random.one_in(3), .offset = 8 * random.integer(0, 7)};
     l.tight = random.one_in(3);
     return l;
   };
@@ -196,7 +197,9 @@ Case random_case(std::uint64_t seed) {
   for (int s = 0; s < batch; ++s) {
     c.k_lengths.push_back(random.one_in(5) ? random.integer(0, 2) : random.integer(0, 2 * most));
     const bool equal = random.one_in(2) && c.k_lengths.back() <= most;
-    c.q_lengths.push_back(equal ? c.k_lengths.back() : random.one_in(6) ? random.integer(0, 2) : random.integer(0, most));
+    c.q_lengths.push_back(equal              ? c.k_lengths.back()
+                          : random.one_in(6) ? random.integer(0, 2)
+                                             : random.integer(0, most));
   }
   c.inputs = layout();
   c.outputs = layout();

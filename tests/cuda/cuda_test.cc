@@ -72,7 +72,8 @@ Summary::Worst errors_of(const Attention& got, const reference::Rows& expected) 
     all_errors += error;
     all_norms += norm;
     const double lse = expected.lse[row % heads * tokens + row / heads];
-    worst.lse = std::max(worst.lse, std::abs(got.lse.get(row % heads, row / heads) - lse) / std::max(1.0, std::abs(lse)));
+    worst.lse =
+        std::max(worst.lse, std::abs(got.lse.get(row % heads, row / heads) - lse) / std::max(1.0, std::abs(lse)));
   }
   worst.tensor = all_norms == 0 ? 0 : std::sqrt(all_errors / all_norms);
   return worst;
@@ -88,6 +89,7 @@ int ordered(std::uint64_t bits) {
 
 void CudaTest::SetUp() {
   if (support().devices.empty()) GTEST_SKIP() << "no GPU for the cuda backend: " << support().problem;
+  ASSERT_EQ(cudaSetDevice(device().index), cudaSuccess);
 }
 
 const CudaDevice& device() { return support().devices.front(); }

@@ -36,8 +36,8 @@ int random_cases(int default_count);
 // Calls f(0) ... f(n - 1) on all cores. For the host's part of a test: f may not touch the device.
 void in_parallel(std::size_t n, const std::function<void(std::size_t)>& f);
 
-// Runner (../support.h) for the cuda backend: the same functions on the same host tensors, which it copies to the device
-// and back. Outputs go there as they are, poisoned; so does the workspace.
+// Runner (../support.h) for the cuda backend: the same functions on the same host tensors, which it copies to the
+// device and back. Outputs go there as they are, poisoned; so does the workspace.
 class CudaRunner {
  public:
   explicit CudaRunner(const Problem& problem, const Options& options = cuda_options());
@@ -68,8 +68,8 @@ cudaStream_t test_stream();
 // The result of a case in float32 by the cpu backend, which is within 1e-5 of float64: of a selection, or dense.
 reference::Rows cpu_rows(const Case& c, const Data& data, const Chosen* chosen);
 
-// Every row within docs/spec.md section 10, lse within 1e-4 (relative above 1), the whole tensor within 4e-3 (bf16; 1e-3
-// for f16). Notes the worst for the summary that the program ends with.
+// Every row within docs/spec.md section 10, lse within 1e-4 (relative above 1), the whole tensor within 4e-3 (bf16;
+// 1e-3 for f16). Notes the worst for the summary that the program ends with.
 ::testing::AssertionResult near(const Attention& got, const reference::Rows& expected, DType dtype, double extra = 0);
 
 // explained() (../support.h), counting for the summary the choices that differ from the reference's.

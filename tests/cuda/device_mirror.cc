@@ -47,6 +47,7 @@ DeviceTensor::DeviceTensor(const ConstTensor& host)
   view_.data = memory_.data() + front_;
   view_.dtype = host.dtype;
   view_.device = Device::cuda;
+  MOBA_CUDA(cudaGetDevice(&view_.device_index));
   view_.rank = host.rank;
   view_.shape = host.shape;
   view_.stride = host.stride;
@@ -72,7 +73,8 @@ bool DeviceTensor::equals(const void* host) const {
 bool DeviceTensor::guards_untouched() const {
   std::vector<std::byte> guards(front_ + guard_behind());
   MOBA_CUDA(cudaMemcpy(guards.data(), memory_.data(), front_, cudaMemcpyDeviceToHost));
-  MOBA_CUDA(cudaMemcpy(guards.data() + front_, memory_.data() + front_ + bytes_, guard_behind(), cudaMemcpyDeviceToHost));
+  MOBA_CUDA(
+      cudaMemcpy(guards.data() + front_, memory_.data() + front_ + bytes_, guard_behind(), cudaMemcpyDeviceToHost));
   return std::ranges::all_of(guards, [](std::byte b) { return b == kPattern; });
 }
 

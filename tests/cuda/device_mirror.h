@@ -1,8 +1,9 @@
 // Device copies of the host tensors of one call, each with its gaps and with guards around it, so that what the tests
 // know of host memory - all that is not an element holds 0xff bytes - holds on the device too.
 //
-// MOBA_CUDA_CHECKER=1 in the environment is for runs under compute-sanitizer: tensors and workspaces then end where their
-// memory does, and a workspace is new for each call and never written before, so that memcheck and initcheck see more.
+// MOBA_CUDA_CHECKER=1 in the environment is for runs under compute-sanitizer: tensors and workspaces then end where
+// their memory does, and a workspace is new for each call and never written before, so that memcheck and initcheck see
+// more.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,7 +20,7 @@ namespace moba::test {
 
 bool under_checker();
 
-// Device memory that is freed with it.
+// Memory of the current device, freed with it.
 class DeviceMemory {
  public:
   explicit DeviceMemory(std::size_t bytes);

@@ -38,7 +38,8 @@ TEST_F(CudaPool, EqualsTheReferenceBitForBit) {
         c.q_lengths = {0, 0, 0, 0};
         c.k_lengths = {std::min<std::int64_t>(2 * b, 3000) + tail, 0, 1, b};
         c.config = {.block_size = b, .top_k = 1};
-        if (tail == 1) c.inputs = {.gap = 24, .swapped = true, .offset = 8}, c.outputs = {.gap = 8, .swapped = b % 32 == 0};
+        if (tail == 1)
+          c.inputs = {.gap = 24, .swapped = true, .offset = 8}, c.outputs = {.gap = 8, .swapped = b % 32 == 0};
         expect_pooled(c, Data(c));
       }
     }
@@ -48,7 +49,8 @@ TEST_F(CudaPool, EqualsTheReferenceBitForBit) {
 // Sums whose order shows: big and small numbers alternate.
 TEST_F(CudaPool, KeepsTheOrderOfSummation) {
   for (const std::int64_t b : {64, 208, 1024}) {
-    Case c{.dtype = DType::bf16, .head_dim = 64, .q_lengths = {0}, .k_lengths = {2 * b + 70}, .config = {.block_size = b}};
+    Case c{
+        .dtype = DType::bf16, .head_dim = 64, .q_lengths = {0}, .k_lengths = {2 * b + 70}, .config = {.block_size = b}};
     Data data(c);
     Random random(run_seed());
     for (std::int64_t j = 0; j < c.k_lengths[0]; ++j) {
@@ -88,7 +90,12 @@ std::vector<Case> rope_cases() {
           rope.factor = scaling == RopeScaling::none ? 1.0 : 8.0;
           rope.original_max_position = 256;
           rope.rotary_dim = d / part;
-          Case c{.name = "rope", .q_heads = 6, .kv_heads = 3, .head_dim = d, .rope = rope, .seed = run_seed() + all.size()};
+          Case c{.name = "rope",
+                 .q_heads = 6,
+                 .kv_heads = 3,
+                 .head_dim = d,
+                 .rope = rope,
+                 .seed = run_seed() + all.size()};
           c.dtype = kTypes[all.size() / 2 % 2];
           c.q_lengths = {5, 0, 1, 150, 3, 130};
           c.k_lengths = {300, 7, 1, 20, 0, 130};
@@ -134,7 +141,8 @@ TEST_F(CudaRope, UsesTheCallersTableAsItIs) {
     for (const RopeStyle style : {RopeStyle::half_split, RopeStyle::interleaved}) {
       for (const DType dtype : kTypes) {
         Case c{.dtype = dtype, .head_dim = 64, .q_lengths = {7, 60}, .k_lengths = {130, 60}};
-        c.rope = Rope{.style = style, .rotary_dim = 24, .cos = std::as_const(cos).tensor(), .sin = std::as_const(sin).tensor()};
+        c.rope = Rope{
+            .style = style, .rotary_dim = 24, .cos = std::as_const(cos).tensor(), .sin = std::as_const(sin).tensor()};
         const Data data(c);
         const auto expected = Runner(c.problem(), reference_options()).rope(data.inputs());
         const auto got = CudaRunner(c.problem()).rope(data.inputs());
@@ -149,7 +157,12 @@ TEST_F(CudaRope, UsesTheCallersTableAsItIs) {
 TEST_F(CudaRope, ForwardRotates) {
   for (const std::int64_t d : {32, 64, 128}) {
     for (const std::int64_t b : {32, 208}) {
-      Case c{.dtype = DType::bf16, .q_heads = 6, .kv_heads = 2, .head_dim = d, .q_lengths = {90, 500}, .k_lengths = {600, 500}};
+      Case c{.dtype = DType::bf16,
+             .q_heads = 6,
+             .kv_heads = 2,
+             .head_dim = d,
+             .q_lengths = {90, 500},
+             .k_lengths = {600, 500}};
       c.config = {.block_size = b, .top_k = 2};
       c.rope = Rope{.scaling = RopeScaling::llama3, .factor = 8};
       const Data data(c);
@@ -206,8 +219,10 @@ TEST_F(CudaIndex, Small) {
 TEST_F(CudaIndex, IsTheTranspose) {
   std::vector<Case> all;
   for (const std::int64_t b : {16, 64, 1024}) {
-    all.push_back({.q_heads = 6, .kv_heads = 2, .q_lengths = {300}, .k_lengths = {290}, .config = {.block_size = b, .top_k = 4}});
-    all.push_back({.q_heads = 3, .kv_heads = 3, .q_lengths = {70}, .k_lengths = {3000}, .config = {.block_size = b, .top_k = 9}});
+    all.push_back(
+        {.q_heads = 6, .kv_heads = 2, .q_lengths = {300}, .k_lengths = {290}, .config = {.block_size = b, .top_k = 4}});
+    all.push_back(
+        {.q_heads = 3, .kv_heads = 3, .q_lengths = {70}, .k_lengths = {3000}, .config = {.block_size = b, .top_k = 9}});
     all.push_back({.q_heads = 8,
                    .kv_heads = 2,
                    .q_lengths = {0, 1, 300, 9, 0, 500, 64},
@@ -234,8 +249,8 @@ TEST_F(CudaMerge, SmallFollowsTheSpec) {
         Case c{.dtype = dtype, .q_heads = 6, .kv_heads = 3, .head_dim = d, .q_lengths = {37}, .k_lengths = {70}};
         std::vector<Attention> partials;
         for (int i = 0; i < count; ++i) {
-          Attention& partial =
-              partials.emplace_back(c.problem(), Layout{.gap = 8 * (i % 3), .swapped = i % 2 == 1, .offset = 8 * (i % 4)});
+          Attention& partial = partials.emplace_back(
+              c.problem(), Layout{.gap = 8 * (i % 3), .swapped = i % 2 == 1, .offset = 8 * (i % 4)});
           partial.out.fill(run_seed() + static_cast<std::uint64_t>(i), 1.0f, 0.25f);
           partial.lse.fill(run_seed() + static_cast<std::uint64_t>(i) + 100, i == 3 ? 50.0f : 5.0f);
           for (std::int64_t token = i; token < 37; token += 3) {  // saw no key; what it wrote means nothing
@@ -258,7 +273,12 @@ TEST_F(CudaMerge, SmallFollowsTheSpec) {
 
 // The blocks of each row dealt out to two selections: rows with none in one of them are empty there.
 TEST_F(CudaMerge, PiecesOfTheSelectionMakeTheWhole) {
-  Case c{.dtype = DType::bf16, .q_heads = 6, .kv_heads = 2, .head_dim = 64, .q_lengths = {130, 20}, .k_lengths = {130, 90}};
+  Case c{.dtype = DType::bf16,
+         .q_heads = 6,
+         .kv_heads = 2,
+         .head_dim = 64,
+         .q_lengths = {130, 20},
+         .k_lengths = {130, 90}};
   c.config = {.block_size = 16, .top_k = 4};
   const Data data(c);
   for (const std::string& family : families(c.problem())) {
@@ -274,7 +294,8 @@ TEST_F(CudaMerge, PiecesOfTheSelectionMakeTheWhole) {
     }
     std::vector<Attention> partials{run.attend(data.inputs(), odd), run.attend(data.inputs(), even)};
     Runner reference(c.problem(), reference_options());
-    EXPECT_TRUE(near(run.merge(partials), attend_f64(reference, data.inputs(), all), c.dtype, tolerance(c.dtype))) << family;
+    EXPECT_TRUE(near(run.merge(partials), attend_f64(reference, data.inputs(), all), c.dtype, tolerance(c.dtype)))
+        << family;
   }
 }
 

@@ -1,0 +1,266 @@
+// The same bits run after run, whatever memory a plan may take, on any stream, beside other calls, and from a graph.
+#include <memory>
+#include <thread>
+
+#include "cases.h"
+#include "cuda/launch.h"
+#include "cuda_test.h"
+
+namespace moba::test {
+namespace {
+
+using Bits = std::vector<std::uint64_t>;
+
+// Everything that the backend can compute for a case, as bits.
+std::vector<std::pair<std::string, Bits>> everything(const Case& c, const Data& data, const Options& options) {
+  std::vector<std::pair<std::string, Bits>> results;
+  CudaRunner run(c.problem(), options);
+  Inputs inputs = data.inputs();
+  results.emplace_back("forward", run.forward(inputs).bits());
+  results.emplace_back("dense", run.dense(inputs).bits());
+  std::pair<Array, Array> rotated;
+  if (c.rope) {
+    rotated = run.rope(inputs);
+    results.emplace_back("rotated q", rotated.first.bits());
+    results.emplace_back("rotated k", rotated.second.bits());
+    inputs.q = std::as_const(rotated.first).tensor();
+    inputs.k = std::as_const(rotated.second).tensor();
+  }
+  const Array centroids = run.pool(inputs);
+  results.emplace_back("centroids", centroids.bits());
+  Chosen gated = run.gate(inputs, centroids);
+  results.emplace_back("ids", gated.ids.bits());
+  run.index(inputs, gated);
+  results.emplace_back("offsets", gated.offsets.bits());
+  const auto rows = gated.transpose();
+  results.emplace_back("rows", Bits(rows.begin(), rows.end()));
+  std::vector<Attention> partials;
+  partials.push_back(run.attend(inputs, gated));
+  results.emplace_back("attend", partials[0].bits());
+  Chosen any(run.plan());
+  choose_anything(c, any, 3);
+  partials.push_back(run.attend(inputs, any));
+  results.emplace_back("attend of any selection", partials[1].bits());
+  results.emplace_back("merge", run.merge(partials).bits());
+  return results;
+}
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  for (const auto& [d, b] : {std::pair{64, 32}, {128, 128}, {128, 144}, {96, 48}}) {
+    for (const bool causal : {true, false}) {
+      Case c{
+          .name = "repeated", .dtype = causal ? DType::bf16 : DType::f16, .q_heads = 6, .kv_heads = 3, .head_dim = d};
+      c.q_lengths = {1, 600, 0, 90, 200, 3, 400};
+      c.k_lengths = {1, 700, 5, 70, 200, 0, 400};
+      c.config = {.block_size = b, .top_k = 4, .causal = causal};
+      c.rope = Rope{};
+      c.seed = run_seed();
+      all.push_back(c);
+    }
+  }
+  return all;
+}
+
+void expect_same(const Case& c, const Data& data, const Options& options,
+                 const std::vector<std::pair<std::string, Bits>>& expected) {
+  const auto got = everything(c, data, options);
+  for (std::size_t i = 0; i < expected.size(); ++i) EXPECT_TRUE(got[i].second == expected[i].second) << got[i].first;
+}
+
+class CudaDeterminism : public CudaTest {};
+
+TEST_F(CudaDeterminism, ThirtyRunsGiveTheSameBits) {
+  for (const Case& c : cases()) {
+    const Data data(c);
+    for (const std::string& family : families(c.problem())) {
+      SCOPED_TRACE(::testing::Message() << c << ", " << family);
+      const auto expected = everything(c, data, cuda_options(family));
+      CudaRunner run(c.problem(), cuda_options(family));
+      for (int i = 0; i < 30; ++i) {
+        ASSERT_TRUE(run.forward(data.inputs()).bits() == expected[0].second) << "forward, run " << i;
+        ASSERT_TRUE(run.dense(data.inputs()).bits() == expected[1].second) << "dense, run " << i;
+      }
+      for (int i = 0; i < 3; ++i) expect_same(c, data, cuda_options(family), expected);
+    }
+  }
+}
+
+// The least that a plan can do with: its refusal says how much.
+std::size_t least_workspace(const Problem& problem, const std::string& family) {
+  try {
+    const Plan plan(problem, cuda_options(family, 1));
+  } catch (const Error& error) {
+    const std::string message = error.what(), mark = "at least ";
+    const std::size_t at = message.find(mark);
+    return at == std::string::npos ? 0 : std::stoull(message.substr(at + mark.size()));
+  }
+  return 0;
+}
+
+// Slabs of some heads, of one, of parts of the tokens.
+TEST_F(CudaDeterminism, TheMemoryOfAPlanDoesNotMatter) {
+  for (const Case& c : cases()) {
+    const Data data(c);
+    for (const std::string& family : families(c.problem())) {
+      SCOPED_TRACE(::testing::Message() << c << ", " << family);
+      const auto expected = everything(c, data, cuda_options(family));
+      const std::size_t least = least_workspace(c.problem(), family);
+      ASSERT_GT(least, 0u);
+      const std::size_t most = Plan(c.problem(), cuda_options(family)).workspace_bytes();
+      ASSERT_LT(least, most);
+      for (const int part : {0, 1, 5, 20, 50, 80}) {
+        const std::size_t limit = least + (most - least) / 100 * static_cast<std::size_t>(part);
+        const Plan plan(c.problem(), cuda_options(family, limit));
+        SCOPED_TRACE(plan.kernels());
+        EXPECT_LE(plan.workspace_bytes(), most);
+        expect_same(c, data, cuda_options(family, limit), expected);
+      }
+    }
+  }
+}
+
+// The tensors of forward, dense and select on the device, where they stay from call to call.
+struct Resident {
+  Plan plan;
+  Attention result, full;
+  Chosen chosen;
+  DeviceTensor q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, full_out, full_lse, ids, counts, offsets, rows;
+  DeviceMemory workspace;
+
+  Resident(const Case& c, const Data& data, const std::string& family)
+      : plan(c.problem(), cuda_options(family)),
+        result(plan.problem()),
+        full(plan.problem()),
+        chosen(plan),
+        q(data.q.tensor()),
+        k(data.k.tensor()),
+        v(data.v.tensor()),
+        cu_seqlens_q(data.cu_seqlens_q->tensor()),
+        cu_seqlens_k(data.cu_seqlens_k->tensor()),
+        out(result.out.tensor()),
+        lse(result.lse.tensor()),
+        full_out(full.out.tensor()),
+        full_lse(full.lse.tensor()),
+        ids(chosen.ids.tensor()),
+        counts(chosen.counts.tensor()),
+        offsets(chosen.offsets.tensor()),
+        rows(chosen.rows.tensor()),
+        workspace(plan.workspace_bytes()) {}
+
+  void upload(const Data& data, cudaStream_t stream) {
+    q.upload(data.q.tensor().data, stream);
+    k.upload(data.k.tensor().data, stream);
+    v.upload(data.v.tensor().data, stream);
+    cu_seqlens_q.upload(data.cu_seqlens_q->tensor().data, stream);
+    cu_seqlens_k.upload(data.cu_seqlens_k->tensor().data, stream);
+    // Outputs without results.
+    const Attention poison(plan.problem());
+    for (const DeviceTensor* to : {&out, &full_out}) to->upload(poison.out.tensor().data, stream);
+    for (const DeviceTensor* to : {&lse, &full_lse}) to->upload(poison.lse.tensor().data, stream);
+    workspace.poison(stream);
+    MOBA_CUDA(cudaStreamSynchronize(stream));
+  }
+
+  Inputs inputs() const { return {q.tensor(), k.tensor(), v.tensor(), cu_seqlens_q.tensor(), cu_seqlens_k.tensor()}; }
+
+  // Everything into out and lse, by forward, or by stages; full attention into the others.
+  void run(bool stages, cudaStream_t stream) const {
+    const Outputs outputs{out.tensor(), lse.tensor()};
+    if (stages) {
+      const Selection selection{ids.tensor(), counts.tensor(), offsets.tensor(), rows.tensor()};
+      select(plan, inputs(), selection, workspace.bytes(), {stream});
+      attend(plan, inputs(), selection, outputs, workspace.bytes(), {stream});
+    } else {
+      forward(plan, inputs(), outputs, workspace.bytes(), {stream});
+    }
+    dense(plan, inputs(), {full_out.tensor(), full_lse.tensor()}, workspace.bytes(), {stream});
+  }
+
+  std::vector<Bits> results(cudaStream_t stream) {
+    out.download(result.out.tensor().data, stream);
+    lse.download(result.lse.tensor().data, stream);
+    full_out.download(full.out.tensor().data, stream);
+    full_lse.download(full.lse.tensor().data, stream);
+    MOBA_CUDA(cudaStreamSynchronize(stream));
+    return {result.bits(), full.bits()};
+  }
+};
+
+// A captured call is played with other inputs, and other lengths, in the same places.
+TEST_F(CudaDeterminism, GraphsGiveWhatCallsGive) {
+  for (Case c : cases()) {
+    const Data first(c);
+    Case other = c;
+    other.seed = c.seed + 1;
+    Data second(other);
+    for (auto* table : {&*second.cu_seqlens_q, &*second.cu_seqlens_k}) table->as<std::int32_t>(4) += 7;
+    const cudaStream_t stream = test_stream();
+    for (const std::string& family : families(c.problem())) {
+      for (const bool stages : {false, true}) {
+        SCOPED_TRACE(::testing::Message() << c << ", " << family << (stages ? ", stages" : ", forward"));
+        Resident resident(c, first, family);
+        std::vector<std::vector<Bits>> direct;
+        for (const Data* data : {&first, static_cast<const Data*>(&second)}) {
+          resident.upload(*data, stream);
+          resident.run(stages, stream);
+          direct.push_back(resident.results(stream));
+        }
+        EXPECT_FALSE(direct[0] == direct[1]);
+        cudaGraph_t graph = nullptr;
+        cudaGraphExec_t executable = nullptr;
+        MOBA_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+        resident.run(stages, stream);
+        MOBA_CUDA(cudaStreamEndCapture(stream, &graph));
+        MOBA_CUDA(cudaGraphInstantiate(&executable, graph, 0));
+        for (int i = 0; i < 6; ++i) {
+          resident.upload(i % 2 == 0 ? first : second, stream);
+          MOBA_CUDA(cudaGraphLaunch(executable, stream));
+          EXPECT_TRUE(resident.results(stream) == direct[i % 2]) << "replay " << i;
+        }
+        MOBA_CUDA(cudaGraphExecDestroy(executable));
+        MOBA_CUDA(cudaGraphDestroy(graph));
+      }
+    }
+  }
+}
+
+// One plan's problem on several streams at once, from as many threads.
+TEST_F(CudaDeterminism, CallsMayRunSideBySide) {
+  constexpr int kCallers = 4;
+  for (Case c : cases()) {
+    c.rope.reset();  // for the stages to give what forward gives
+    const Data data(c);
+    for (const std::string& family : families(c.problem())) {
+      SCOPED_TRACE(::testing::Message() << c << ", " << family);
+      std::vector<std::unique_ptr<Resident>> residents;
+      std::vector<cudaStream_t> streams(kCallers);
+      for (cudaStream_t& stream : streams) {
+        MOBA_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        residents.push_back(std::make_unique<Resident>(c, data, family));
+        residents.back()->upload(data, stream);
+      }
+      residents[0]->run(false, streams[0]);
+      const std::vector<Bits> expected = residents[0]->results(streams[0]);
+      std::vector<std::thread> callers;
+      for (int i = 0; i < kCallers; ++i) {
+        callers.emplace_back([&, i] {
+          MOBA_CUDA(cudaSetDevice(device().index));
+          for (int repeat = 0; repeat < 5; ++repeat) residents[i]->run(i % 2 == 1, streams[i]);
+        });
+      }
+      for (std::thread& caller : callers) caller.join();
+      for (int i = 0; i < kCallers; ++i) {
+        EXPECT_TRUE(residents[i]->results(streams[i]) == expected) << "caller " << i;
+        MOBA_CUDA(cudaStreamDestroy(streams[i]));
+      }
+      // The default stream too.
+      residents[0]->upload(data, nullptr);
+      residents[0]->run(false, nullptr);
+      EXPECT_TRUE(residents[0]->results(nullptr) == expected) << "default stream";
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moba::test

@@ -1,0 +1,193 @@
+// What a plan of the cuda backend settles, for devices that need not be there.
+#include "cuda/setup.h"
+
+#include "cuda/backend.h"
+#include "support.h"
+
+namespace moba::test {
+namespace {
+
+using cuda::AttendKernel;
+using cuda::DeviceLimits;
+using cuda::GateKernel;
+
+constexpr std::size_t kMiB = std::size_t{1} << 20;
+
+const DeviceLimits kH200{0, "NVIDIA H200", 9, 0, 132, 141'000 * kMiB};
+const DeviceLimits kA100{0, "NVIDIA A100", 8, 0, 108, 80'000 * kMiB};
+const DeviceLimits kB200{0, "NVIDIA B200", 10, 0, 148, 180'000 * kMiB};
+const DeviceLimits kRtx{0, "NVIDIA RTX PRO 6000", 12, 0, 188, 96'000 * kMiB};
+
+Problem problem_of(std::int64_t tokens, std::int64_t q_heads, std::int64_t kv_heads, std::int64_t head_dim,
+                   const Config& config) {
+  Problem p;
+  p.dtype = DType::bf16;
+  p.q_heads = q_heads;
+  p.kv_heads = kv_heads;
+  p.head_dim = head_dim;
+  p.total_q = p.total_k = tokens;
+  p.config = config;
+  return p;
+}
+
+Problem good_problem() { return problem_of(4096, 8, 2, 128, {.block_size = 128, .top_k = 8}); }
+
+// A plan as Plan makes it, on a device that need not be there.
+Plan::Impl planned(const Problem& problem, const DeviceLimits& device, const std::string& family = "",
+                   std::size_t limit = 0) {
+  Plan::Impl plan = Plan(problem, {.threads = 1}).impl();
+  plan.options = {};
+  plan.options.backend = Backend::cuda;
+  plan.options.cuda_kernels = family;
+  plan.options.workspace_limit = limit;
+  cuda::prepare(plan, device);
+  return plan;
+}
+
+std::size_t workspace_of(const Plan::Impl& plan) {
+  return 64 + aligned(plan.scratch_bytes) + plan.q_rotated_bytes + plan.k_rotated_bytes + plan.centroids_bytes +
+         plan.selection_bytes;
+}
+
+TEST(CudaSetup, KernelsFollowTheDeviceAndTheProblem) {
+  struct Row {
+    DeviceLimits device;
+    std::string family;
+    std::int64_t head_dim, block_size, top_k;
+    bool causal;
+    GateKernel gate;
+    AttendKernel attend, dense;
+  };
+  constexpr auto kResident = AttendKernel::resident_sm90, kStream = AttendKernel::stream_sm90,
+                 kPortable = AttendKernel::portable;
+  const std::vector<Row> rows{
+      {kH200, "", 128, 128, 8, true, GateKernel::sm90, kResident, kStream},
+      {kH200, "sm90", 64, 16, 8, true, GateKernel::sm90, kResident, kStream},
+      {kH200, "", 128, 144, 8, true, GateKernel::sm90, kStream, kStream},
+      {kH200, "", 64, 8192, 2, false, GateKernel::sm90, kStream, kStream},
+      {kH200, "", 128, 128, 17, true, GateKernel::sm90, kResident, kStream},
+      {kH200, "", 128, 128, 18, true, GateKernel::portable, kResident, kStream},
+      {kH200, "", 128, 128, 16, false, GateKernel::sm90, kResident, kStream},
+      {kH200, "", 128, 128, 17, false, GateKernel::portable, kResident, kStream},
+      {kH200, "", 96, 128, 8, true, GateKernel::portable, kPortable, kPortable},
+      {kH200, "", 256, 128, 8, true, GateKernel::portable, kPortable, kPortable},
+      {kH200, "portable", 128, 128, 8, true, GateKernel::portable, kPortable, kPortable},
+      {kA100, "", 128, 128, 8, true, GateKernel::portable, kPortable, kPortable},
+      {kA100, "portable", 64, 128, 8, true, GateKernel::portable, kPortable, kPortable},
+      {kB200, "", 128, 128, 8, true, GateKernel::portable, kPortable, kPortable},
+      {kRtx, "", 128, 128, 8, true, GateKernel::portable, kPortable, kPortable},
+  };
+  for (const Row& row : rows) {
+    SCOPED_TRACE(::testing::Message() << "row " << &row - rows.data());
+    const Config config{.block_size = row.block_size, .top_k = row.top_k, .causal = row.causal};
+    const Plan::Impl plan = planned(problem_of(50000, 8, 2, row.head_dim, config), row.device, row.family);
+    EXPECT_EQ(plan.cuda->gate, row.gate);
+    EXPECT_EQ(plan.cuda->attend, row.attend);
+    EXPECT_EQ(plan.cuda->dense, row.dense);
+    EXPECT_NE(cuda::describe_kernels(plan).find(row.device.name), std::string::npos) << cuda::describe_kernels(plan);
+    EXPECT_EQ(plan.cuda->rows_per_unit % 64, 0);
+    EXPECT_EQ(plan.cuda->shape.sm_count, row.device.sm_count);
+  }
+}
+
+TEST(CudaSetup, WorkspacesStayWithinTheirLimit) {
+  const std::vector<Problem> problems{
+      good_problem(),
+      problem_of(1 << 20, 16, 16, 128, {.block_size = 128, .top_k = 8}),
+      problem_of(1 << 20, 16, 2, 128, {.block_size = 512, .top_k = 12}),
+      problem_of(10'000'000, 1, 1, 128, {.block_size = 4096, .top_k = 12}),
+      problem_of(1 << 17, 64, 8, 256, {.block_size = 16, .top_k = 64}),
+  };
+  for (const Problem& problem : problems) {
+    for (const DeviceLimits& device : {kH200, kA100}) {
+      const Plan::Impl unlimited = planned(problem, device);
+      EXPECT_LE(workspace_of(unlimited), (2048 + 1) * kMiB + unlimited.centroids_bytes);
+      for (const std::size_t limit : {1024 * kMiB, 3000 * kMiB, 8192 * kMiB, 100'000 * kMiB}) {
+        const Plan::Impl plan = planned(problem, device, "", limit);
+        SCOPED_TRACE(::testing::Message()
+                     << problem.total_q << " tokens, limit " << limit << ": " << cuda::describe_kernels(plan));
+        EXPECT_LE(workspace_of(plan), limit);
+        EXPECT_GE(plan.cuda->slab_heads, 1);
+        EXPECT_LE(plan.cuda->slab_heads, problem.kv_heads);
+        EXPECT_GE(plan.cuda->slab_tokens, 1);
+        EXPECT_TRUE(plan.cuda->slab_tokens == problem.total_q || plan.cuda->slab_heads == 1);
+      }
+    }
+  }
+}
+
+// Rope's rotated copies are beyond the default limit, not within it.
+TEST(CudaSetup, RopeNeedsNoLimit) {
+  Problem p = problem_of(1 << 20, 64, 8, 128, {.block_size = 128, .top_k = 8});
+  p.rope = Rope{};
+  const Plan::Impl plan = planned(p, kH200);
+  EXPECT_GT(workspace_of(plan), std::size_t{1 << 20} * 72 * 256);
+  EXPECT_LE(workspace_of(plan), std::size_t{1 << 20} * 72 * 256 + plan.centroids_bytes + 2049 * kMiB);
+}
+
+std::string message_of(const Problem& problem, const DeviceLimits& device = kH200, const std::string& family = "",
+                       std::size_t limit = 0) {
+  try {
+    planned(problem, device, family, limit);
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "accepted";
+}
+
+TEST(CudaSetup, RefusesWhatTheKernelsDoNotServe) {
+  EXPECT_EQ(message_of(good_problem()), "accepted");
+  struct Row {
+    std::string argument, allowed;
+    void (*change)(Problem&);
+  };
+  const std::vector<Row> rows{
+      {"dtype: is f32", "f16, bf16", [](Problem& p) { p.dtype = DType::f32; }},
+      {"head_dim: is 80", "32, 64, 96, 128, 192, 256", [](Problem& p) { p.head_dim = 80; }},
+      {"head_dim: is 8", "32, 64, 96, 128, 192, 256", [](Problem& p) { p.head_dim = 8; }},
+      {"config.block_size: is 24", "multiples of 16 up to 8192", [](Problem& p) { p.config.block_size = 24; }},
+      {"config.block_size: is 1", "multiples of 16 up to 8192", [](Problem& p) { p.config.block_size = 1; }},
+      {"config.block_size: is 8208", "multiples of 16 up to 8192", [](Problem& p) { p.config.block_size = 8208; }},
+      {"config.top_k: is 65", "up to 64", [](Problem& p) { p.config.top_k = 65, p.config.block_size = 16; }},
+      {"config.scale: is -0.5", "0 or more", [](Problem& p) { p.config.scale = -0.5; }},
+      {"total_q: is 300000000", "up to 2^31 - 1", [](Problem& p) { p.total_q = 300'000'000, p.q_heads = 2; }},
+  };
+  for (const Row& row : rows) {
+    Problem p = good_problem();
+    row.change(p);
+    const std::string message = message_of(p);
+    EXPECT_NE(message.find(row.argument), std::string::npos) << message;
+    EXPECT_NE(message.find("allowed: "), std::string::npos) << message;
+    EXPECT_NE(message.find(row.allowed), std::string::npos) << message;
+    EXPECT_NE(message.find("on cuda; the cpu backend takes others"), std::string::npos) << message;
+  }
+  Problem p = good_problem();  // as many slots as there are blocks
+  p.config.top_k = 1000;
+  EXPECT_EQ(message_of(p), "accepted");
+  p.config.scale = 0.0;
+  EXPECT_EQ(message_of(p), "accepted");
+}
+
+TEST(CudaSetup, RefusesOptions) {
+  EXPECT_NE(
+      message_of(good_problem(), kH200, "hopper").find("options.cuda_kernels: is 'hopper'; allowed: sm90, portable"),
+      std::string::npos);
+  for (const DeviceLimits& device : {kA100, kB200, kRtx}) {
+    const std::string message = message_of(good_problem(), device, "sm90");
+    EXPECT_NE(message.find("options.cuda_kernels: is sm90; allowed: portable on " + device.name), std::string::npos)
+        << message;
+  }
+  Problem p = good_problem();
+  p.head_dim = 96;
+  EXPECT_NE(message_of(p, kH200, "sm90").find("where head_dim is not 64 or 128"), std::string::npos);
+
+  const std::string message = message_of(good_problem(), kH200, "", 1000), mark = "at least ";
+  EXPECT_NE(message.find("options.workspace_limit: is 1000 bytes"), std::string::npos) << message;
+  ASSERT_NE(message.find(mark), std::string::npos) << message;
+  const std::size_t least = std::stoull(message.substr(message.find(mark) + mark.size()));
+  EXPECT_EQ(message_of(good_problem(), kH200, "", least), "accepted");
+  EXPECT_NE(message_of(good_problem(), kH200, "", least - 1), "accepted");
+}
+
+}  // namespace
+}  // namespace moba::test
