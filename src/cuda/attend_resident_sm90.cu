@@ -5,10 +5,13 @@
 //   S [64 rows, kKeys] = Q K^T       operands from shared memory; kKeys (64 or 128) >= the unit's keys
 //   P = exp2(c S - max), in 16 bits  the block is one tile, so nothing is ever rescaled
 //   O [64, d] = P V                  P from registers, V from shared memory; stored from registers in fragment order
-// Order of a consumer: maxima of S(t); in pieces of 32 keys the exponentials, then the two steps of P V that they feed
-// (at d = 128 and 128 keys 1686 clocks a tile, with P V in one piece 1851); S(t + 1) issued before O(t) is stored
-// (1895; behind the stores 1963). No product is in flight at the loop's head: ptxas serialises all of them if a loop
-// carries one over. (Clocks here and below: an H200, the prototype of this kernel, at different stages of it.)
+// Order of a consumer: maxima of S(t); in pieces of 32 keys the exponentials, then the two steps of P V that they feed;
+// S(t + 1) issued before O(t) is stored. No product is in flight at the loop's head or at an exit: ptxas serialises all
+// of them if a loop carries one over. Tiles of the diagonal that see 64 keys at most take half the products, by a way
+// of their own, one after the other.
+//
+// An H200, 64K tokens, 16 heads, B = 128, d = 128, 8 blocks a row: without the gather a prototype took 0.89 of its
+// time, without the stores 0.79, without both 0.70; with fewer clocks a tile the clock rate falls too.
 //
 // Barriers, each a pair full/empty: K and V in two stages of one unit, Q in kQStages of one tile. Every consumer takes
 // part in every unit: a unit counts at least as many tiles as there are consumers, the last may be empty.
@@ -18,6 +21,7 @@
 #include <algorithm>
 #include <bit>
 #include <cfloat>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <numbers>
@@ -38,9 +42,10 @@ namespace {
 
 constexpr int kProducers = 128;  // threads
 constexpr int kTileRows = 64;
-constexpr int kTilesAhead = 4;          // between the load of a row id and its use; 1: 2244 clocks a tile, 4: 1895
+constexpr int kTilesAhead = 4;          // between the load of a row id and its use: less than its latency is seen
 constexpr float kLargeScore = 0x1p20f;  // a maximum from here on is taken out before the factor
 constexpr int kProducerBarrier = 1;
+constexpr int kHalf = 64;  // keys; a tile that sees no more takes half the products
 
 // Shared memory in bytes, and who gets the registers: (consumers + 1) * 128 threads start with an equal share of 64K
 // and trade. A fourth consumer leaves 112 to each, without spills only for d = 64 with 64 keys.
@@ -110,23 +115,29 @@ __device__ __forceinline__ void copy_short_keys(std::uint32_t to, const char* fr
   }
 }
 
-// Takes unit n of this CTA, by its ticket (of thread 0), when the stage is free, and asks for its keys. All producers.
+// A unit travels from the list to the ring in a register: word i of it in lane i of the producers' first warp, read
+// while the unit before is gathered. Behind the last unit: one of 0 rows.
+template <int kKeys>
+__device__ __forceinline__ int unit_word(const Arguments& arguments, int ticket) {
+  constexpr int kWords = sizeof(Unit) / 4, kRowsWord = offsetof(Unit, rows) / 4;
+  const int lane = threadIdx.x % 32;
+  ticket = __shfl_sync(kAllLanes, ticket, 0);
+  if (ticket >= arguments.counters[1]) return lane == kRowsWord ? 0 : kKeys;
+  return reinterpret_cast<const int*>(arguments.units + ticket)[min(lane, kWords - 1)];
+}
+
+// Puts unit n of this CTA, by the words of the first warp, into the ring when its stage is free, and asks for its keys.
+// All producers.
 template <int d, int kKeys>
 __device__ __forceinline__ void take_unit(const CUtensorMap& k_map, const CUtensorMap& v_map,
-                                          const Arguments& arguments, std::uint32_t base, Unit* ring, int n,
-                                          int ticket) {
+                                          const Arguments& arguments, std::uint32_t base, Unit* ring, int n, int word) {
   using L = Layout<d, kKeys>;
-  const int stage = n & 1;
-  const bool first_thread = threadIdx.x % kProducers == 0;
+  const int stage = n & 1, t = threadIdx.x % kProducers;
+  const bool first_thread = t == 0;
   const std::uint32_t full = base + L::kKeyFull + stage * 8;
-  if (first_thread) {
+  if (t < 32) {
     ptx::barrier_wait(base + L::kKeyEmpty + stage * 8, ((n >> 1) & 1) ^ 1);
-    if (ticket < arguments.counters[1]) {
-      ring[stage] = arguments.units[ticket];
-    } else {
-      ring[stage].rows = 0;  // the end
-      ring[stage].keys = kKeys;
-    }
+    if (t < static_cast<int>(sizeof(Unit) / 4)) reinterpret_cast<int*>(ring + stage)[t] = word;
   }
   ptx::named_barrier(kProducerBarrier, kProducers);
   const Unit& unit = ring[stage];
@@ -168,22 +179,39 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
     return arguments.row_units * row + arguments.token_units * arguments.group(row);
   };
 
-  take_unit<d, kKeys>(k_map, v_map, arguments, base, ring, 0, t == 0 ? atomicAdd(arguments.counters, 1) : 0);
+  const auto load = [&](const Unit& unit, int row) {
+    return __ldg(arguments.rows + unit.first + min(row + held, unit.rows - 1));
+  };
+
+  int ticket = 0, word = 0;  // of the unit behind the next; of the next
+  if (t == 0) ticket = atomicAdd(arguments.counters, 1);
+  if (warp == 0) word = unit_word<kKeys>(arguments, ticket);
+  if (t == 0) ticket = atomicAdd(arguments.counters, 1);
+  take_unit<d, kKeys>(k_map, v_map, arguments, base, ring, 0, word);
+  if (ring[0].rows == 0) return;
+  std::uint32_t now[2] = {units_of(load(ring[0], 0)), units_of(load(ring[0], 2 * kTileRows))};
   int stage = 0, parity = 1;
   for (int n = 0; ring[n & 1].rows > 0; ++n) {
-    const int rows = ring[n & 1].rows, tiles = L::tiles(rows);
+    const Unit& unit = ring[n & 1];
+    const Unit& next_unit = ring[(n + 1) & 1];
+    const int tiles = L::tiles(unit.rows);
     // The next unit is asked for when its stage is, as a rule, free; never before the first tile of each consumer is
     // here, or it would wait for consumers that wait for their tile.
     const int ask = min(tiles, L::kQStages + 2);
-    int ticket = 0;
+    if (warp == 0) word = unit_word<kKeys>(arguments, ticket);
     if (t == 0) ticket = atomicAdd(arguments.counters, 1);
-    const std::int32_t* list = arguments.rows + ring[n & 1].first;
-    const char* from = arguments.q + ring[n & 1].head * arguments.q_key_head_bytes + t % kLanes * 16;
-    const auto load = [&](int row) { return __ldg(list + min(row + held, rows - 1)); };
-    std::uint32_t now[2] = {units_of(load(0)), units_of(load(2 * kTileRows))};
+    const char* from = arguments.q + unit.head * arguments.q_key_head_bytes + t % kLanes * 16;
     for (int tile = 0; tile < tiles; tile += kTilesAhead) {
-      const int next = (tile + kTilesAhead) * kTileRows;
-      const int later[2] = {load(next), load(next + 2 * kTileRows)};
+      const bool last = tile + kTilesAhead >= tiles, asks = tile < ask && tile + kTilesAhead >= ask;
+      int later[2] = {0, 0};
+      const auto load_later = [&](const Unit& of, int row) {
+        if (of.rows > 0) later[0] = load(of, row), later[1] = load(of, row + 2 * kTileRows);
+      };
+      if (!last) {
+        load_later(unit, (tile + kTilesAhead) * kTileRows);
+      } else if (!asks) {
+        load_later(next_unit, 0);
+      }
 #pragma unroll
       for (int u = 0; u < kTilesAhead; ++u) {
         if (tile + u < tiles) {
@@ -202,8 +230,9 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
           if (++stage == L::kQStages) stage = 0, parity ^= 1;
         }
       }
-      if (tile < ask && tile + kTilesAhead >= ask) {
-        take_unit<d, kKeys>(k_map, v_map, arguments, base, ring, n + 1, ticket);
+      if (asks) {
+        take_unit<d, kKeys>(k_map, v_map, arguments, base, ring, n + 1, word);
+        if (last) load_later(next_unit, 0);
       }
       now[0] = units_of(later[0]), now[1] = units_of(later[1]);
     }
@@ -220,38 +249,89 @@ __device__ __forceinline__ int visible_keys(const Arguments& arguments, const Un
   return min(unit.keys, max(0, arguments.group(row) - unit.first_token + 1));
 }
 
+// What a lane has to store of a tile besides the outputs of its two rows, the first of them at `entry`.
+struct Results {
+  int left;  // rows of the unit from the first on
+  std::int64_t entry;
+  float lse0, lse1;
+  float sum0, sum1;  // that the outputs are still to be divided by; 1 for a row that sees nothing
+};
+
+// S = Q K^T for the first 2 n keys, from Q's and K's operands.
+template <class T, int d, int kKeys, int n>
+__device__ __forceinline__ void issue_scores(float (&scores)[n], std::uint32_t a, std::uint32_t b) {
+  using L = Layout<d, kKeys>;
+  ptx::fence_async_proxy();  // Q, and short keys, came by cp.async
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < d / 16; ++k) {
+    ptx::wgmma<T>(scores, a + k / 4 * (kTileRows * kBandBytes / 16) + k % 4 * 2,
+                  b + k / 4 * (L::kKeyBand / 16) + k % 4 * 2, k > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// From the scores of a tile to its outputs and the rest. `n` as in issue_scores; `row` is this lane's first, `masked`
+// says that rows of the warp see fewer than all 2 n keys; `v` is V's operand, `values` V itself.
+template <class T, int d, int kKeys, int n>
+__device__ __forceinline__ Results finish_tile(const Arguments& arguments, const Unit& unit, int row, bool masked,
+                                               float (&scores)[n], float (&out)[d / 2], std::uint32_t v,
+                                               const char* values) {
+  std::uint32_t weights[n / 2];
+  if (masked) mask(scores, visible_keys(arguments, unit, row), visible_keys(arguments, unit, row + 8));
+  float max0, max1;
+  row_maxima(scores, max0, max1);
+  const float top0 = max0 * arguments.factor, top1 = max1 * arguments.factor;
+  float offset0 = top0, offset1 = top1;
+  if (__any_sync(kAllLanes, fmaxf(fabsf(top0), fabsf(top1)) > kLargeScore)) {
+    subtract(scores, max0, max1);
+    offset0 = offset1 = 0;
+  }
+  float sum0 = 0, sum1 = 0;
+#pragma unroll
+  for (int piece = 0; piece < n / 8; piece += kStepsInPiece) {
+    exponentials<T>(scores, weights, 8 * piece, arguments.factor, offset0, offset1, sum0, sum1);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kStepsInPiece; ++i) {
+      const int k = piece + i;
+      ptx::wgmma_registers<T>(out, weights[4 * k], weights[4 * k + 1], weights[4 * k + 2], weights[4 * k + 3],
+                              v + k * kBandBytes, k > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  sum0 += __shfl_xor_sync(kAllLanes, sum0, 1), sum1 += __shfl_xor_sync(kAllLanes, sum1, 1);
+  sum0 += __shfl_xor_sync(kAllLanes, sum0, 2), sum1 += __shfl_xor_sync(kAllLanes, sum1, 2);
+  const int left = unit.rows - row;  // read here: in registers from the start they would make others spill
+  const std::int64_t entry = unit.first + row;
+  const float lse0 = top0 + ptx::log2_approx(sum0), lse1 = top1 + ptx::log2_approx(sum1);
+  const bool any_empty = __any_sync(kAllLanes, sum0 == 0 || sum1 == 0);
+  ptx::wgmma_wait<0>();
+  ptx::pin(out);
+  if (masked && any_not_finite(out)) {
+    multiply_visible<T, d, 2 * n, kKeys>(out, weights, values, visible_keys(arguments, unit, row),
+                                         visible_keys(arguments, unit, row + 8));
+  }
+  if (any_empty) clear_empty(out, sum0, sum1);
+  return {left, entry, lse0, lse1, sum0, sum1};
+}
+
 template <class T, int d, int kKeys>
 __device__ __forceinline__ void consume(const Arguments& arguments, const char* shared, std::uint32_t base,
                                         const Unit* ring, int warpgroup) {
   using L = Layout<d, kKeys>;
   const int lane = threadIdx.x % 32, warp = __shfl_sync(kAllLanes, threadIdx.x / 32 % 4, 0);
-  const int r = warp * 16 + lane / 4, c = lane % 4;  // rows r and r + 8 of a tile are this lane's
-  float scores[kKeys / 2], out[d / 2];
-  std::uint32_t weights[kKeys / 4];
+  float out[d / 2];
 
   int n = 0, tile = warpgroup, stage = warpgroup, parity = 0;
-  int rows, tiles, mask_rows;  // tiles 0: no more units. Tiles from row mask_rows on see all kKeys keys
-  std::int64_t first;
+  int tiles, mask_rows;  // tiles 0: no more units. Tiles from row mask_rows on see all kKeys keys
   const auto wait_unit = [&] {
     ptx::barrier_wait(base + L::kKeyFull + (n & 1) * 8, (n >> 1) & 1);
     const Unit& unit = ring[n & 1];
-    rows = unit.rows, first = unit.first;
-    mask_rows = unit.keys < kKeys ? rows : unit.masked;
-    tiles = rows > 0 ? L::tiles(rows) : 0;
+    mask_rows = unit.keys < kKeys ? unit.rows : unit.masked;
+    tiles = unit.rows > 0 ? L::tiles(unit.rows) : 0;
   };
-  const auto issue_scores = [&] {
-    ptx::fence_async_proxy();  // Q, and short keys, came by cp.async
-    ptx::wgmma_fence();
-    const std::uint32_t a = ptx::operand(base + L::kQ) + stage * (L::kQBytes / 16);
-    const std::uint32_t b = ptx::operand(base) + (n & 1) * (L::kKeyStage / 16);
-#pragma unroll
-    for (int k = 0; k < d / 16; ++k) {
-      ptx::wgmma<T>(scores, a + k / 4 * (kTileRows * kBandBytes / 16) + k % 4 * 2,
-                    b + k / 4 * (L::kKeyBand / 16) + k % 4 * 2, k > 0);
-    }
-    ptx::wgmma_commit();
-  };
-
   // The next tile of this warpgroup, maybe of the next unit.
   const auto next_tile = [&] {
     tile += L::kConsumers, stage += L::kConsumers;
@@ -261,69 +341,68 @@ __device__ __forceinline__ void consume(const Arguments& arguments, const char* 
     tile -= tiles, ++n;
     wait_unit();
   };
+  // Whether the tile's last row, and so each, sees at most kHalf keys.
+  const auto is_half = [&] {
+    if (kHalf == kKeys || tile * kTileRows >= mask_rows) return false;
+    const Unit& unit = ring[n & 1];
+    return visible_keys(arguments, unit, min((tile + 1) * kTileRows, unit.rows) - 1) <= kHalf;
+  };
+  const auto wait_queries = [&] { ptx::barrier_wait(base + L::kQFull + stage * 8, parity); };
+  const auto issue = [&](auto& scores) {
+    issue_scores<T, d, kKeys>(scores, ptx::operand(base + L::kQ) + stage * (L::kQBytes / 16),
+                              ptx::operand(base) + (n & 1) * (L::kKeyStage / 16));
+  };
+  const auto finish = [&](auto& scores) {
+    ptx::barrier_arrive_if(lane == 0, base + L::kQEmpty + stage * 8);
+    const int warp_row = tile * kTileRows + warp * 16, key_stage = (n & 1) * L::kKeyStage;
+    return finish_tile<T, d, kKeys>(arguments, ring[n & 1], warp_row + lane / 4, warp_row < mask_rows, scores, out,
+                                    ptx::operand(base + L::kKeyBytes, L::kKeyBand) + key_stage / 16,
+                                    shared + key_stage + L::kKeyBytes);
+  };
+  const auto store = [&](const Results& results) {
+    float* lse = arguments.lse + results.entry;
+    char* to = arguments.out + results.entry * (d * 2) + lane % 4 * 16;
+    if (results.left > 0) {
+      if (lane % 4 == 0) lse[0] = results.lse0;
+      store_row<T, 0>(to, out, __fdividef(1, results.sum0));
+    }
+    if (results.left > 8) {
+      if (lane % 4 == 0) lse[8] = results.lse1;
+      store_row<T, 1>(to + 8 * d * 2, out, __fdividef(1, results.sum1));
+    }
+  };
 
   wait_unit();
-  if (tiles == 0) return;
-  ptx::barrier_wait(base + L::kQFull + stage * 8, parity);
-  issue_scores();
-  ptx::wgmma_wait<0>();
-  ptx::pin(scores);
-  do {
-    ptx::barrier_arrive_if(lane == 0, base + L::kQEmpty + stage * 8);
-    const int row = tile * kTileRows + r, left = rows - row;
-    const std::int64_t entry = first + row;
-    const bool masked = tile * kTileRows + warp * 16 < mask_rows;
-    if (masked) {
-      const Unit& unit = ring[n & 1];
-      mask(scores, visible_keys(arguments, unit, row), visible_keys(arguments, unit, row + 8));
+  while (tiles > 0) {
+    if (is_half()) {
+      float scores[kHalf / 2];
+      wait_queries();
+      issue(scores);
+      ptx::wgmma_wait<0>();
+      ptx::pin(scores);
+      store(finish(scores));
+      next_tile();
+      continue;
     }
-
-    float max0, max1;
-    row_maxima(scores, max0, max1);
-    const float top0 = max0 * arguments.factor, top1 = max1 * arguments.factor;
-    float offset0 = top0, offset1 = top1;
-    if (__any_sync(kAllLanes, fmaxf(fabsf(top0), fabsf(top1)) > kLargeScore)) {
-      subtract(scores, max0, max1);
-      offset0 = offset1 = 0;
-    }
-    float sum0 = 0, sum1 = 0;
-    const std::uint32_t v = ptx::operand(base + L::kKeyBytes, L::kKeyBand) + (n & 1) * (L::kKeyStage / 16);
-#pragma unroll
-    for (int piece = 0; piece < kKeys / 16; piece += kStepsInPiece) {
-      exponentials<T>(scores, weights, 8 * piece, arguments.factor, offset0, offset1, sum0, sum1);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < kStepsInPiece; ++i) {
-        const int k = piece + i;
-        ptx::wgmma_registers<T>(out, weights[4 * k], weights[4 * k + 1], weights[4 * k + 2], weights[4 * k + 3],
-                                v + k * kBandBytes, k > 0);
-      }
-      ptx::wgmma_commit();
-    }
-
-    sum0 += __shfl_xor_sync(kAllLanes, sum0, 1), sum1 += __shfl_xor_sync(kAllLanes, sum1, 1);
-    sum0 += __shfl_xor_sync(kAllLanes, sum0, 2), sum1 += __shfl_xor_sync(kAllLanes, sum1, 2);
-    if (c == 0 && left > 0) arguments.lse[entry] = top0 + ptx::log2_approx(sum0);
-    if (c == 0 && left > 8) arguments.lse[entry + 8] = top1 + ptx::log2_approx(sum1);
-    const bool any_empty = __any_sync(kAllLanes, sum0 == 0 || sum1 == 0);
-    ptx::wgmma_wait<0>();
-    ptx::pin(out);
-    if (masked && any_not_finite(out)) {
-      const Unit& unit = ring[n & 1];
-      multiply_visible<T, d, kKeys>(out, weights, shared + (n & 1) * L::kKeyStage + L::kKeyBytes,
-                                    visible_keys(arguments, unit, row), visible_keys(arguments, unit, row + 8));
-    }
-    if (any_empty) clear_empty(out, sum0, sum1);
-
-    next_tile();
-    if (tiles > 0) ptx::barrier_wait(base + L::kQFull + stage * 8, parity);
-    issue_scores();  // behind the last tile of all: a product that nobody reads, which keeps the control flow simple
-    char* to = arguments.out + entry * (d * 2) + c * 16;
-    if (left > 0) store_row<T, 0>(to, out, __fdividef(1, sum0));
-    if (left > 8) store_row<T, 1>(to + 8 * d * 2, out, __fdividef(1, sum1));
+    float scores[kKeys / 2];
+    wait_queries();
+    issue(scores);
     ptx::wgmma_wait<0>();
     ptx::pin(scores);
-  } while (tiles > 0);
+    while (true) {
+      const Results results = finish(scores);
+      next_tile();
+      if (tiles == 0 || is_half()) {
+        store(results);
+        break;
+      }
+      wait_queries();
+      issue(scores);  // its fence waits for stores too, so that none comes shortly before
+      store(results);
+      ptx::wgmma_wait<0>();
+      ptx::pin(scores);
+    }
+  }
 }
 
 template <class T, int d, int kKeys>
@@ -362,9 +441,8 @@ __global__ void __launch_bounds__(Layout<d, kKeys>::kThreads, 1)
 constexpr int kElementBytes = 2;
 
 Arguments arguments_of(const Shape& shape, const AttendInput& input, const UnitList& list, const AttendOutput& output) {
-  // Rows are addressed in 32 bits of the greatest unit that divides their strides: 256 bytes for [Tq, Hq, 128], at
-  // least
-  // 16. With one query head to a key head the distance between heads does not count.
+  // Rows are addressed in 32 bits of the greatest unit that divides their strides: 256 bytes for [Tq, Hq, 128], never
+  // below 16. With one query head to a key head the distance between heads does not count.
   const std::int64_t token_bytes = input.q.token_stride * kElementBytes;
   const std::int64_t head_bytes = shape.group == 1 ? 0 : input.q.head_stride * kElementBytes;
   constexpr std::int64_t kLargestUnit = 1 << 16;

@@ -13,7 +13,7 @@
 namespace moba::cuda {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
-inline constexpr int kStepsInPiece = 2;  // of P V, 16 keys each, between the exponentials; 1, 4, 8: slower
+inline constexpr int kStepsInPiece = 2;  // of P V, 16 keys each, between the exponentials
 
 // An operand in shared memory is made of bands of 64 columns, each [rows, 128 bytes].
 inline constexpr int kBandBytes = 128, kBandColumns = 64;
@@ -90,8 +90,8 @@ __device__ __forceinline__ void clear_empty(float (&out)[n], float& sum0, float&
 }
 
 // out = weights V over the keys that a row sees, in plain arithmetic: a weight of 0 does not keep a NaN or an infinity
-// behind the causal mask out of the product.
-template <class T, int d, int kKeys>
+// behind the causal mask out of the product. V's operand has kRows rows.
+template <class T, int d, int kKeys, int kRows>
 __device__ __forceinline__ void multiply_visible(float (&out)[d / 2], const std::uint32_t (&weights)[kKeys / 4],
                                                  const char* v, int visible0, int visible1) {
   std::uint32_t words[kKeys / 4];  // in local memory, to be indexed
@@ -107,7 +107,7 @@ __device__ __forceinline__ void multiply_visible(float (&out)[d / 2], const std:
     const float weight0 = key % 2 == 0 ? pair0.x : pair0.y, weight1 = key % 2 == 0 ? pair1.x : pair1.y;
 #pragma unroll
     for (int j = 0; j < d / 8; ++j) {
-      const char* at = v + swizzled(key, j, kKeys) + threadIdx.x % 4 * 4;
+      const char* at = v + swizzled(key, j, kRows) + threadIdx.x % 4 * 4;
       const float2 value = ptx::unpack<T>(*reinterpret_cast<const std::uint32_t*>(at));
       if (key < visible0) out[4 * j] += weight0 * value.x, out[4 * j + 1] += weight0 * value.y;
       if (key < visible1) out[4 * j + 2] += weight1 * value.x, out[4 * j + 3] += weight1 * value.y;
