@@ -26,6 +26,8 @@ struct Choice {
   int count;  // of the row
 };
 
+__device__ __forceinline__ bool is_nan(std::uint16_t x, bool bf16) { return (x & 0x7fff) > (bf16 ? 0x7f80 : 0x7c00); }
+
 template <int d>
 __device__ __forceinline__ bool scores_nan(const void* q, const void* centroid, bool bf16) {
   float sum = 0.0f;
@@ -61,8 +63,11 @@ __device__ __forceinline__ void fill_up(const Arguments& a, const Item& item, in
     const int q_head = head * a.shape.group + row - token * a.shape.group;
     const auto* q = static_cast<const std::uint16_t*>(a.q.data) + (a.slab.token_begin + token) * a.q.token_stride +
                     q_head * a.q.head_stride;
+    bool nan_in_q = false;  // then every score is NaN
+    for (int i = lane; i < C::kDim; i += 32) nan_in_q |= is_nan(q[i], bf16);
+    nan_in_q = __any_sync(~0u, nan_in_q);
     int count = __shfl_sync(~0u, choice.count, even);
-    for (int nan = 0; nan < 2; ++nan) {
+    for (int nan = nan_in_q ? 1 : 0; nan < 2; ++nan) {
       for (int end = high; end > low && count < a.choose; end -= 32) {
         const int block = end - 1 - lane;
         bool open = block >= low;
@@ -70,7 +75,7 @@ __device__ __forceinline__ void fill_up(const Arguments& a, const Item& item, in
         if (open) {
           const auto* centroid = static_cast<const std::uint16_t*>(a.centroids.data) +
                                  block * a.centroids.token_stride + head * a.centroids.head_stride;
-          open = scores_nan<C::kDim>(q, centroid, bf16) == (nan == 1);
+          open = (nan_in_q || scores_nan<C::kDim>(q, centroid, bf16)) == (nan == 1);
         }
         const unsigned found = __ballot_sync(~0u, open);
         const int place = count + __popc(found & ptx::lane_mask_below());
@@ -111,8 +116,9 @@ __device__ __forceinline__ void write_ids(const Arguments& a, const Item& item, 
 #pragma unroll
     for (int e = 0; e < kHalfRoom; e += 4) {
       if (begin + e < slots) {
-        *reinterpret_cast<int4*>(to + begin + e) =
-            make_int4(choice.block[e], choice.block[e + 1], choice.block[e + 2], choice.block[e + 3]);
+        // An assignment was taken apart into four stores.
+        __stwb(reinterpret_cast<int4*>(to + begin + e),
+               make_int4(choice.block[e], choice.block[e + 1], choice.block[e + 2], choice.block[e + 3]));
       }
     }
   } else {
@@ -140,17 +146,14 @@ __device__ __forceinline__ void finish(const Arguments& a, const Item& item, int
     const int quad = (row & 7) * 4;
     const int entries0 = __shfl_sync(~0u, rows.entries[0], quad), entries1 = __shfl_sync(~0u, rows.entries[1], quad);
     const float bar0 = __shfl_sync(~0u, rows.bar[0], quad), bar1 = __shfl_sync(~0u, rows.bar[1], quad);
-    const Picked picked = pick<C::kRoom, C::kExactRank, true>(pair, row < 8 ? entries0 : entries1,
-                                                              fmaxf(row < 8 ? bar0 : bar1, -FLT_MAX), rank);
+    const Picked picked = pick<C::kRoom, C::kLowestRank, C::kHighestRank, true>(
+        pair, row < 8 ? entries0 : entries1, fmaxf(row < 8 ? bar0 : bar1, -FLT_MAX), rank);
     const int other = __shfl_xor_sync(~0u, picked.count, 1), even = pair.odd ? other : picked.count;
     choice.count = picked.count + other;
+    load_picked(pair, picked, even, begin, choice.block);
 #pragma unroll
     for (int e = 0; e < kHalfRoom; ++e) {
-      choice.block[e] = INT_MAX;
-      if (begin + e < choice.count) {
-        choice.block[e] =
-            static_cast<int>(ptx::load_shared(picked_address(pair.entry0, begin + e, even, picked.spread)));
-      }
+      if (begin + e >= choice.count) choice.block[e] = INT_MAX;
     }
     __syncwarp();  // the lists may be overwritten
   }

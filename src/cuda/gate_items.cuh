@@ -14,12 +14,11 @@ namespace moba::cuda::gating {
 constexpr int kColumns = 128;          // centroids of a tile
 constexpr int kOldest = 0, kHalf = 8;  // first of its 16 groups of 8 columns: the whole tile, the newer half
 
-// d columns of q; lists of the `room` best; exact_rank blocks to choose, or 0 for any number up to room.
-template <int d, int room, int exact_rank>
+// d columns of q; lists of the `room` best; lowest_rank to highest_rank blocks to choose.
+template <int d, int room, int lowest_rank, int highest_rank>
 struct Config {
-  static constexpr int kDim = d, kRoom = room, kExactRank = exact_rank;
-  static constexpr int kBarRank = exact_rank ? exact_rank : room;  // a bound of a later rank is a bound, too
-  static constexpr int kGroups = room / 2;                         // group maxima of a lane and row
+  static constexpr int kDim = d, kRoom = room, kLowestRank = lowest_rank, kHighestRank = highest_rank;
+  static constexpr int kGroups = room / 2;  // group maxima of a lane and row
   static constexpr int kConsumers = room == 8 ? 3 : 2;
   static constexpr int kConsumerRegisters = room == 8 ? 160 : 232, kProducerRegisters = room == 8 ? 32 : 40;
   static constexpr int kEntries = room == 8 ? 32 : 64;  // of a list
@@ -33,7 +32,7 @@ struct Config {
   static constexpr int kSpans = kLimits + 2 * kConsumers * 64 * 8;  // [2][consumers] of Span
   static constexpr int kBarriers = kSpans + 2 * kConsumers * 8;
   static constexpr int kSharedBytes = kBarriers + (2 * kStages + 2 * kConsumers) * 8;
-  static_assert(room + 16 <= kEntries && kEntries % 8 == 0 && kSharedBytes <= 232448);
+  static_assert(highest_rank <= room && room + 16 <= kEntries && kEntries % 8 == 0 && kSharedBytes <= 232448);
 };
 
 // x / divisor for 0 <= x < 2^31 by one multiplication.
@@ -61,6 +60,7 @@ struct Arguments {
   int tiles = 0, items = 0;  // of rows; items are tiles of all key heads; both set at launch
   int choose;                // blocks besides the own one
   bool ids_by_four;          // ids can be stored 16 bytes at a time
+  bool queries_by_box;       // the 64 rows of a consumer are all heads of some tokens
 };
 
 // A tile of rows of a key head (of the slab).

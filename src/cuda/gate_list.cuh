@@ -43,12 +43,25 @@ struct Picked {
   bool spread;
 };
 
+// Appends singles to a lane's part of a list, from its beginning.
+struct SingleWriter {
+  std::uint32_t begin, to;
+  __device__ __forceinline__ explicit SingleWriter(const PairLane& lane) : begin(lane.entry(0)), to(begin) {}
+  __device__ __forceinline__ void append_if_reached(float score, float least, int block) {
+    ptx::append_half_if_reached<2 * kEntryStride>(to, score, least, block);
+  }
+  __device__ __forceinline__ int count() const {
+    const int bytes = static_cast<int>(to - begin);
+    return bytes / (2 * kEntryStride) * 2 + ((bytes >> 3) & 1);
+  }
+};
+
 // Splits entries into singles of at least `bar` (above -inf), in place: single i never passes entry i / 2. `entries`
 // counts those of the row. Returns how many singles the lane has got.
 __device__ __forceinline__ int split_entries(const PairLane& lane, int entries, float bar) {
   constexpr int kBatch = 4;  // loads in flight; lists have room for a multiple of 2 kBatch entries
   const int longest = (__reduce_max_sync(~0u, entries) + 1) >> 1;
-  int singles = 0;
+  SingleWriter singles(lane);
   for (int i = 0; i < longest; i += kBatch) {
     float x[kBatch], y[kBatch];
     int block[kBatch];
@@ -63,136 +76,139 @@ __device__ __forceinline__ int split_entries(const PairLane& lane, int entries, 
     }
 #pragma unroll
     for (int e = 0; e < kBatch; ++e) {
-      if (x[e] >= bar) lane.store(singles++, x[e], block[e]);
-      if (y[e] >= bar) lane.store(singles++, y[e], block[e] + 1);
+      singles.append_if_reached(x[e], bar, block[e]);
+      singles.append_if_reached(y[e], bar, block[e] + 1);
     }
   }
-  return singles;
+  return singles.count();
 }
 
-// Among the singles of a row that equal `least` the more recent blocks are picked: the least block of them that is, or
-// -1 for a row that picks all. `reached` counts the lane's singles of at least `least`.
-__device__ __forceinline__ int least_tied_block(const PairLane& lane, int singles, int reached, float least, int rank) {
-  const int row_reached = reached + __shfl_xor_sync(~0u, reached, 1);
-  if (!__any_sync(~0u, row_reached > rank)) return -1;
+// Of the lane's `count` singles, all of at least `least`, keeps those that the row picks: where both lanes together
+// have more than `rank`, the more recent blocks of those that equal `least`. Returns their number.
+__device__ __forceinline__ int drop_tied(const PairLane& lane, int count, int row_count, float least, int rank) {
   int above = 0;
-  for (int i = 0; i < singles; ++i) {
+  for (int i = 0; i < count; ++i) {
     float score;
     int block;
     lane.load(i, score, block);
     above += score > least;
   }
   above += __shfl_xor_sync(~0u, above, 1);
-  const int needed = row_reached > rank ? rank - above : 0;
+  const int needed = row_count > rank ? rank - above : 0;
   const int rounds = __reduce_max_sync(~0u, needed);
-  int result = -1, below = INT_MAX;
+  int oldest = -1, below = INT_MAX;  // the oldest block picked of those that equal `least`
   for (int round = 0; round < rounds; ++round) {
     int next = -1;
-    for (int i = 0; i < singles; ++i) {
+    for (int i = 0; i < count; ++i) {
       float score;
       int block;
       lane.load(i, score, block);
       if (score == least && block < below) next = max(next, block);
     }
     below = max(next, __shfl_xor_sync(~0u, next, 1));
-    if (round < needed) result = below;
+    if (round < needed) oldest = below;
   }
-  return result;
+  int kept = 0;
+  for (int i = 0; i < count; ++i) {
+    float score;
+    int block;
+    lane.load(i, score, block);
+    if (score > least || block >= oldest) lane.store(kept++, score, block);
+  }
+  return kept;
 }
 
 // Picks the `rank` best singles of each row: all if there are fewer; among equal scores the more recent block. `room`
-// is 8 or 16 and at least rank; exact_rank is rank, or 0 where only the run knows it. Only singles of at least `bar`
-// count; rank of the row's best are, if it has so many. With `spread` the result may come spread.
-template <int room, int exact_rank, bool spread>
+// is 8 or 16, `rank` from lowest_rank to highest_rank, which is at most room. Only singles of at least `bar` count;
+// rank of the row's best are, if it has so many. With `spread` the result may come spread.
+//
+// The lane's first `room` singles are sorted by a network; the few behind them are inserted one by one (random scores
+// leave such to 2 warps in 5 at rank 7 of 8). No branches but for those and for ties: stores are predicated.
+template <int room, int lowest_rank, int highest_rank, bool spread>
 __device__ __forceinline__ Picked pick(const PairLane& lane, int entries, float bar, int rank) {
-  const int singles = split_entries(lane, entries, bar);
-  const bool few = __all_sync(~0u, singles <= room);  // the usual case: every lane has its singles in registers
+  const int singles = split_entries(lane, entries, bar), longest = __reduce_max_sync(~0u, singles);
   float score[room], best[room];
   int block[room];
-  if (few) {
 #pragma unroll
-    for (int i = 0; i < room; ++i) {
-      lane.load(i, score[i], block[i]);
-      if (i >= singles) score[i] = -INFINITY;
-      best[i] = score[i];
-    }
-    sort<LargestFirst>(best);
-  } else {
-    const int longest = __reduce_max_sync(~0u, singles);
+  for (int i = 0; i < room; ++i) {
+    lane.load(i, score[i], block[i]);
+    if (i >= singles) score[i] = -INFINITY;
+    best[i] = score[i];
+  }
+  sort<LargestFirst>(best);
+#pragma unroll 1
+  for (int i = room; i < longest; ++i) {
+    float next;
+    int unused;
+    lane.load(i, next, unused);
+    if (i >= singles) next = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < room; ++i) best[i] = -INFINITY;
-    for (int i = 0; i < longest; ++i) {
-      float next = -INFINITY;
-      int unused;
-      if (i < singles) lane.load(i, next, unused);
-#pragma unroll
-      for (int j = 0; j < room; ++j) {
-        const float greater = fmaxf(best[j], next);
-        next = fminf(best[j], next);
-        best[j] = greater;
-      }
+    for (int j = 0; j < room; ++j) {
+      const float greater = fmaxf(best[j], next);
+      next = fminf(best[j], next);
+      best[j] = greater;
     }
   }
-  float least;
-  if constexpr (exact_rank > 0) {
-    least = ranked_of_two_lanes<LargestFirst, exact_rank>(best, 1);
-  } else {
-    least = ranked_of_two_lanes<LargestFirst>(best, 1, rank);
-  }
-  least = fmaxf(least, -FLT_MAX);
+  const float least = fmaxf(ranked_of_two_lanes<LargestFirst, lowest_rank, highest_rank>(best, 1, rank), -FLT_MAX);
 
-  int reached = 0;
-  if (few) {
+  Picked picked{0, least, spread && longest <= room};
+  const auto keep_singles = [&] {
+    SingleWriter kept(lane);
 #pragma unroll
-    for (int i = 0; i < room; ++i) reached += score[i] >= least;
-  } else {
-    for (int i = 0; i < singles; ++i) {
+    for (int i = 0; i < room; ++i) kept.append_if_reached(score[i], least, block[i]);
+#pragma unroll 1
+    for (int i = room; i < longest; ++i) {
       float s;
       int b;
       lane.load(i, s, b);
-      reached += s >= least;
+      kept.append_if_reached(i < singles ? s : -INFINITY, least, b);
     }
+    picked.count = kept.count();
+  };
+  if (picked.spread) {
+    std::uint32_t to = lane.entry(0);
+#pragma unroll
+    for (int i = 0; i < room; ++i) ptx::append_if_reached<2 * kEntryStride>(to, score[i], least, block[i]);
+    picked.count = static_cast<int>(to - lane.entry(0)) / (2 * kEntryStride);
+  } else {
+    keep_singles();
   }
-  const int tied = least_tied_block(lane, singles, reached, least, rank);
-  const auto picks = [&](float s, int b) { return s > least || (s == least && b >= tied); };
-  int count = 0;
-  if (few) {
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < room; ++i) {
-      if (picks(score[i], block[i])) {
-        if constexpr (spread) {
-          ptx::store_shared(lane.entry(count), static_cast<std::uint32_t>(block[i]));
-        } else {
-          lane.store(count, score[i], block[i]);
-        }
-        ++count;
-      }
-    }
-  } else {
-    for (int i = 0; i < singles; ++i) {
-      float s;
-      int b;
-      lane.load(i, s, b);
-      if (picks(s, b)) lane.store(count++, s, b);
-    }
+  const int row_count = picked.count + __shfl_xor_sync(~0u, picked.count, 1);
+  if (__any_sync(~0u, row_count > rank)) {
+    if (picked.spread) keep_singles();
+    picked.spread = false;
+    picked.count = drop_tied(lane, picked.count, row_count, least, rank);
   }
   __syncwarp();
-  return {count, least, spread && few};
+  return picked;
 }
 
-// Where picked block p of a row lies, for either lane of the pair; `even` of them were picked by the even lane.
-__device__ __forceinline__ std::uint32_t picked_address(std::uint32_t entry0, int p, int even, bool spread) {
-  const bool odd = p >= even;
-  const PairLane lane{entry0, odd};
-  const int i = odd ? p - even : p;
-  return spread ? lane.entry(i) : lane.single(i) + 4;
+// Loads picked blocks begin .. begin + n - 1 of a row, of which the even lane has picked the first `even`. What is
+// loaded past the row's last means nothing.
+template <int n>
+__device__ __forceinline__ void load_picked(const PairLane& lane, const Picked& picked, int even, int begin,
+                                            int (&block)[n]) {
+  if (picked.spread) {
+    const std::uint32_t from_even = lane.entry0 + begin * (2 * kEntryStride);
+    const std::uint32_t from_odd = from_even + (1 - 2 * even) * kEntryStride;
+#pragma unroll
+    for (int e = 0; e < n; ++e) {
+      block[e] = static_cast<int>(ptx::load_shared((begin + e < even ? from_even : from_odd) + e * (2 * kEntryStride)));
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < n; ++e) {
+      const bool odd = begin + e >= even;
+      const std::uint32_t single = PairLane{lane.entry0, odd}.single(begin + e - (odd ? even : 0));
+      block[e] = static_cast<int>(ptx::load_shared(single + 4));
+    }
+  }
 }
 
 // Cuts the row's list down to its `rank` best, one to an entry. Returns their number and the least score.
-template <int room, int exact_rank>
+template <int room, int lowest_rank, int highest_rank>
 __device__ __forceinline__ Picked compact(const PairLane& lane, int entries, float bar, int rank) {
-  const Picked picked = pick<room, exact_rank, false>(lane, entries, bar, rank);
+  const Picked picked = pick<room, lowest_rank, highest_rank, false>(lane, entries, bar, rank);
   const int other = __shfl_xor_sync(~0u, picked.count, 1);
   const int even = lane.odd ? other : picked.count, count = picked.count + other;
   float score[room / 2];

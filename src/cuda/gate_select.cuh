@@ -40,7 +40,7 @@ __device__ __forceinline__ float below_truncated(std::uint32_t bits) {
 // Raises the bars: sorts the lane's group maxima of both rows, merges them with those of lane ^ 1, and takes the one of
 // the rank wanted in the union with lane ^ 2.
 template <class C>
-__device__ __forceinline__ void raise_bars(Rows<C>& rows) {
+__device__ __forceinline__ void raise_bars(Rows<C>& rows, int rank) {
   constexpr int n = C::kGroups;
   __nv_bfloat162 mine[n], both[2 * n];
 #pragma unroll
@@ -56,25 +56,32 @@ __device__ __forceinline__ void raise_bars(Rows<C>& rows) {
     both[2 * n - 1 - g] = __shfl_xor_sync(~0u, mine[g], 1);
   }
   sort_bitonic<LargestFirstPairs>(both);
-  const __nv_bfloat162 bound = ranked_of_two_lanes<LargestFirstPairs, C::kBarRank>(both, 2);
+  const __nv_bfloat162 bound = ranked_of_two_lanes<LargestFirstPairs, C::kLowestRank, C::kHighestRank>(both, 2, rank);
   const std::uint32_t bits = *reinterpret_cast<const std::uint32_t*>(&bound);
   rows.bar[0] = fmaxf(rows.bar[0], below_truncated(bits << 16));  // fmaxf drops NaN
   rows.bar[1] = fmaxf(rows.bar[1], below_truncated(bits & 0xffff0000u));
 }
 
 // Sets to -inf the scores of columns that are no candidates of their row. first: block of column 0 of the tile.
-// `common` are the candidates of all the warp's rows: groups of columns among them are skipped.
+// `common` are the candidates of all the warp's rows: goes inwards from the ends of the tile until it meets them.
 template <int begin>
 __device__ __forceinline__ void mask(float (&scores)[64 - 4 * begin], const Limits (&limits)[2], int first,
                                      const Limits& common) {
   const int column = first + 2 * (threadIdx.x & 3);
 #pragma unroll
-  for (int j = begin; j < 16; ++j) {
-    if (first + 8 * j + 8 <= common.high && first + 8 * j >= common.low) continue;
+  for (int j = 15; j >= begin; --j) {
+    if (first + 8 * j + 8 <= common.high) break;
 #pragma unroll
     for (int x = 0; x < 4; ++x) {
-      const int b = column + 8 * j + x % 2;
-      if (b < limits[x / 2].low || b >= limits[x / 2].high) scores[4 * (j - begin) + x] = -INFINITY;
+      if (8 * j + x % 2 >= limits[x / 2].high - column) scores[4 * (j - begin) + x] = -INFINITY;
+    }
+  }
+#pragma unroll
+  for (int j = begin; j < 16; ++j) {
+    if (first + 8 * j >= common.low) break;
+#pragma unroll
+    for (int x = 0; x < 4; ++x) {
+      if (8 * j + x % 2 < limits[x / 2].low - column) scores[4 * (j - begin) + x] = -INFINITY;
     }
   }
 }
@@ -113,8 +120,8 @@ __device__ __forceinline__ void append_slowly(float (&scores)[64 - 4 * begin], R
       const int row = lane >> 1, quad = (row & 7) * 4;
       const int entries0 = __shfl_sync(~0u, rows.entries[0], quad), entries1 = __shfl_sync(~0u, rows.entries[1], quad);
       const float bar0 = __shfl_sync(~0u, rows.bar[0], quad), bar1 = __shfl_sync(~0u, rows.bar[1], quad);
-      const Picked picked = compact<C::kRoom, C::kExactRank>(pair, row < 8 ? entries0 : entries1,
-                                                             fmaxf(row < 8 ? bar0 : bar1, -FLT_MAX), rank);
+      const Picked picked = compact<C::kRoom, C::kLowestRank, C::kHighestRank>(
+          pair, row < 8 ? entries0 : entries1, fmaxf(row < 8 ? bar0 : bar1, -FLT_MAX), rank);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int picker = 2 * (lane >> 2) + 16 * r;
@@ -154,7 +161,7 @@ __device__ __forceinline__ void select(float (&scores)[64 - 4 * begin], Rows<C>&
     rows.maxima[0][j % C::kGroups] = fmaxf(rows.maxima[0][j % C::kGroups], best0[j]);
     rows.maxima[1][j % C::kGroups] = fmaxf(rows.maxima[1][j % C::kGroups], best1[j]);
   }
-  raise_bars(rows);
+  raise_bars(rows, rank);
 
   // Counted by the sign bits of bar - score, which agree with score > bar (NaN has no sign here): a subtraction and a
   // shift. Compared as the append does it, the compiler would keep 32 predicates in a register, two operations each. In

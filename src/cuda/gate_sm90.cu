@@ -15,14 +15,15 @@
 //   2. The bar: the maximum of rank k among the groups is a lower bound of the k-th best score. By a network on
 //      bfloat16 pairs, both rows of a lane at once; rounded down, the bound holds.
 //   3. Scores above the bar are appended to the row's list in shared memory, in pairs of columns: counted, prefix sum
-//      over the quad, stored. Because the maxima run, few pass: 9 in all for k = 7, whatever the number of blocks.
+//      over the quad, stored. Because the maxima run, few pass. Simulated, random scores: 8 pairs of the first tile for
+//      rank 7, 8 / t of tile t (17 for rank 15). Hence the exact rank: a bar of rank 16 where 15 would do overflows a
+//      list of 2 warps in 3 within eight tiles, not of 1 in 11.
 //   4. At the end of the row, or where a list would overflow: the exact pick (gate_list.cuh, gate_ids.cuh).
 // Newest first, so that an equal score found later loses. Bars are strict (append what is greater), which keeps NaN,
 // -inf and masked columns out of the lists without a test; a row whose list then holds too few is filled up by a slow
 // path of its own (fill_up in gate_ids.cuh).
 //
-// Bound by the selection's instructions (6 lane operations a score) and by latency, with 3 warps to a scheduler; the
-// products alone take less than half of the time.
+// By the machine code, k = 8: steps 1 to 3 take 380 instructions for a warp's 16 x 128 scores, step 4 about 600.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -72,10 +73,12 @@ __device__ __forceinline__ void load_centroids(const Arguments& a, const CUtenso
   }
 }
 
-// One warp for a consumer: its rows of q as an operand of wgmma, with their limits. Rows past the last repeat it. Each
-// item is handed over, those without scores as well. By cp.async, which serves any group.
+// One warp for a consumer: its rows of q as an operand of wgmma, with their limits. Each item is handed over, those
+// without scores as well. A tensor copy where the group divides 64, by cp.async where it does not. What a row past the
+// last holds does not matter.
 template <class C>
-__device__ __forceinline__ void load_queries(const Arguments& a, const Shared<C>& shared, int consumer) {
+__device__ __forceinline__ void load_queries(const Arguments& a, const CUtensorMap& map, const Shared<C>& shared,
+                                             int consumer) {
   constexpr int kChunks = C::kDim / 8, kRowsAtOnce = 32 / kChunks;  // 16-byte chunks of a row; rows of a copy
   const int lane = threadIdx.x & 31, chunk = lane % kChunks;
   const std::uint32_t full = shared.queries_full(consumer);
@@ -102,7 +105,8 @@ __device__ __forceinline__ void load_queries(const Arguments& a, const Shared<C>
       ptx::store_shared(shared.span(i, consumer), static_cast<std::uint32_t>(span.low),
                         static_cast<std::uint32_t>(span.high));
     }
-    if (span.low < span.high) {
+    const bool scored = span.low < span.high;
+    if (scored && !a.queries_by_box) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll 2
@@ -116,7 +120,18 @@ __device__ __forceinline__ void load_queries(const Arguments& a, const Shared<C>
     }
     ptx::copy_async_arrive(full);
     __syncwarp();
-    ptx::barrier_arrive_if(lane == 0, full);
+    if (lane == 0) {
+      if (scored && a.queries_by_box) {
+        const int token = a.slab.token_begin + a.by_group(clamp_row(a, item.row, consumer * 64));
+        const int head = (a.slab.head_begin + item.head) * a.shape.group;
+        ptx::barrier_arrive_expect(full, C::kQueryBytes);
+        for (int x = 0; x < C::kDim; x += 64) {
+          ptx::copy_tensor_3d(shared.queries(consumer) + x * (64 * 2), &map, full, x, head, token);
+        }
+      } else {
+        ptx::barrier_arrive(full);
+      }
+    }
   }
 }
 
@@ -141,7 +156,7 @@ template <class T, class C>
 __device__ __forceinline__ void consume(const Arguments& a, const Shared<C>& shared, int consumer) {
   const int lane = threadIdx.x & 31, warp = uniform(static_cast<int>(threadIdx.x) >> 5) & 3;
   const bool leader = lane == 0;
-  const int rank = C::kExactRank ? C::kExactRank : a.choose;
+  const int rank = C::kLowestRank == C::kHighestRank ? C::kHighestRank : a.choose;
   const std::uint32_t warp_lists = shared.lists(consumer) + warp * 256;
   const std::uint32_t queries = ptx::operand(shared.queries(consumer));
   const PairLane pair{warp_lists + (lane >> 1) * 16, (lane & 1) != 0};
@@ -150,7 +165,7 @@ __device__ __forceinline__ void consume(const Arguments& a, const Shared<C>& sha
   int used = 0;
   for (int i = 0; has_item(a, i); ++i) {
     ptx::barrier_wait(shared.queries_full(consumer), i & 1);
-    ptx::fence_async_proxy();
+    if (!a.queries_by_box) ptx::fence_async_proxy();
     const Span span = shared.load_span(i, consumer);
     const bool scored = span.low < span.high;
     ptx::barrier_arrive_if(leader && !scored, shared.queries_empty(consumer));
@@ -198,7 +213,8 @@ __device__ __forceinline__ void consume(const Arguments& a, const Shared<C>& sha
 
 template <class T, class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
-    gate_kernel(const __grid_constant__ CUtensorMap centroid_map, const __grid_constant__ Arguments a) {
+    gate_kernel(const __grid_constant__ CUtensorMap query_map, const __grid_constant__ CUtensorMap centroid_map,
+                const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) char memory[];
   const Shared<C> shared{ptx::shared_address(memory)};
   const int group = uniform(static_cast<int>(threadIdx.x) >> 7);
@@ -220,7 +236,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (warp == 0) {
       load_centroids<C>(a, centroid_map, shared);
     } else if (warp <= C::kConsumers) {
-      load_queries<C>(a, shared, warp - 1);
+      load_queries<C>(a, query_map, shared, warp - 1);
     }
   } else {
     ptx::raise_registers<C::kConsumerRegisters>();
@@ -228,23 +244,27 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 }
 
-template <class T, int d, int room, int exact_rank>
-void launch_gate(const CUtensorMap& centroid_map, Arguments a, cudaStream_t stream) {
-  using C = Config<d, room, exact_rank>;
+struct Maps {
+  CUtensorMap queries, centroids;
+};
+
+template <class T, int d, int room, int lowest_rank, int highest_rank>
+void launch_gate(const Maps& maps, Arguments a, cudaStream_t stream) {
+  using C = Config<d, room, lowest_rank, highest_rank>;
   a.tiles = (a.rows - 1) / C::kRows + 1;
   a.items = a.tiles * a.slab.heads;
   launch(gate_kernel<T, C>, dim3(std::min(a.shape.sm_count, a.items)), C::kThreads, C::kSharedBytes, stream,
-         centroid_map, a);
+         maps.queries, maps.centroids, a);
 }
 
 template <class T, int d>
-void launch_gate(const CUtensorMap& centroid_map, const Arguments& a, cudaStream_t stream) {
+void launch_gate(const Maps& maps, const Arguments& a, cudaStream_t stream) {
   if (a.choose == 7) {
-    launch_gate<T, d, 8, 7>(centroid_map, a, stream);  // k = 8
+    launch_gate<T, d, 8, 7, 7>(maps, a, stream);  // k = 8
   } else if (a.choose <= 8) {
-    launch_gate<T, d, 8, 0>(centroid_map, a, stream);
+    launch_gate<T, d, 8, 1, 8>(maps, a, stream);
   } else {
-    launch_gate<T, d, 16, 0>(centroid_map, a, stream);
+    launch_gate<T, d, 16, 9, 16>(maps, a, stream);
   }
 }
 
@@ -269,22 +289,27 @@ void gate_sm90(const Shape& shape, Slab slab, Batch batch, View<const void> q, V
       .rows = slab.tokens * shape.group,
       .choose = shape.causal ? shape.slots - 1 : shape.slots,
       .ids_by_four = ids_by_four,
+      .queries_by_box = 64 % shape.group == 0,
   };
-  CUtensorMap centroid_map{};  // not used where nothing is scored
+  gating::Maps maps{};  // not used where nothing is scored
   if (a.choose > 0 && shape.max_blocks > 0) {
-    centroid_map = tensor_map_3d(shape.dtype, centroids, shape.head_dim, shape.kv_heads, shape.max_blocks, 64);
+    maps.centroids = tensor_map_3d(shape.dtype, centroids, shape.head_dim, shape.kv_heads, shape.max_blocks, 64);
+    if (a.queries_by_box) {
+      maps.queries = tensor_map_3d(shape.dtype, q, shape.head_dim, shape.group * shape.kv_heads, shape.total_q,
+                                   64 / shape.group, shape.group);
+    }
   }
   if (shape.dtype == DType::bf16) {
     if (shape.head_dim == 64) {
-      gating::launch_gate<__nv_bfloat16, 64>(centroid_map, a, stream);
+      gating::launch_gate<__nv_bfloat16, 64>(maps, a, stream);
     } else {
-      gating::launch_gate<__nv_bfloat16, 128>(centroid_map, a, stream);
+      gating::launch_gate<__nv_bfloat16, 128>(maps, a, stream);
     }
   } else {
     if (shape.head_dim == 64) {
-      gating::launch_gate<__half, 64>(centroid_map, a, stream);
+      gating::launch_gate<__half, 64>(maps, a, stream);
     } else {
-      gating::launch_gate<__half, 128>(centroid_map, a, stream);
+      gating::launch_gate<__half, 128>(maps, a, stream);
     }
   }
 }

@@ -81,32 +81,38 @@ __device__ __forceinline__ void sort_bitonic(typename Order::Type (&x)[n]) {
   }
 }
 
-// The element of rank `rank` (1: the first) in the union of this lane's sorted x and that of lane ^ other.
+// The element of rank `rank` (1: the first) in the union of the sorted x and y.
 template <class Order, int rank, int n>
-__device__ __forceinline__ typename Order::Type ranked_of_two_lanes(const typename Order::Type (&x)[n], int other) {
-  static_assert(rank <= n);
-  typename Order::Type theirs[rank];
+__device__ __forceinline__ typename Order::Type ranked_of_union(const typename Order::Type (&x)[n],
+                                                                const typename Order::Type (&y)[n]) {
+  static_assert(rank >= 1 && rank <= n);
+  typename Order::Type r = Order::first(x[rank - 1], y[rank - 1]);
 #pragma unroll
-  for (int i = 0; i < rank; ++i) theirs[i] = __shfl_xor_sync(~0u, x[i], other);
-  typename Order::Type r = Order::first(x[rank - 1], theirs[rank - 1]);
-#pragma unroll
-  for (int i = 0; i + 1 < rank; ++i) r = Order::first(r, Order::second(x[i], theirs[rank - 2 - i]));
+  for (int i = 0; i + 1 < rank; ++i) r = Order::first(r, Order::second(x[i], y[rank - 2 - i]));
   return r;
 }
-// The same with a rank known at run time, 1 to n.
-template <class Order, int n>
+// The same for a rank from low to high, the same in all lanes, by branches: merging the two and choosing among the
+// results costs three times as much.
+template <class Order, int low, int high, int n>
+__device__ __forceinline__ typename Order::Type ranked_of_union(const typename Order::Type (&x)[n],
+                                                                const typename Order::Type (&y)[n], int rank) {
+  constexpr int middle = (low + high) / 2;
+  if constexpr (low == high) {
+    return ranked_of_union<Order, low>(x, y);
+  } else if (rank <= middle) {
+    return ranked_of_union<Order, low, middle>(x, y, rank);
+  } else {
+    return ranked_of_union<Order, middle + 1, high>(x, y, rank);
+  }
+}
+// The same in the union of this lane's sorted x and that of lane ^ other.
+template <class Order, int low, int high, int n>
 __device__ __forceinline__ typename Order::Type ranked_of_two_lanes(const typename Order::Type (&x)[n], int other,
                                                                     int rank) {
-  typename Order::Type best[n];  // the first n of the union, bitonic
+  typename Order::Type theirs[n];
 #pragma unroll
-  for (int i = 0; i < n; ++i) best[i] = Order::first(x[i], __shfl_xor_sync(~0u, x[n - 1 - i], other));
-  sort_bitonic<Order>(best);
-  typename Order::Type r = best[0];
-#pragma unroll
-  for (int i = 1; i < n; ++i) {
-    if (rank > i) r = best[i];
-  }
-  return r;
+  for (int i = 0; i < high; ++i) theirs[i] = __shfl_xor_sync(~0u, x[i], other);
+  return ranked_of_union<Order, low, high>(x, theirs, rank);
 }
 
 // Sorts the 2n elements of the lanes of a pair, each sorted by itself: the even lane gets the first half.

@@ -25,7 +25,7 @@ Encode encoder() {
 }  // namespace
 
 CUtensorMap tensor_map_3d(DType dtype, const View<const void>& view, int head_dim, int heads, int tokens,
-                          int box_tokens) {
+                          int box_tokens, int box_heads) {
   constexpr cuuint64_t kElementBytes = 2;
   const auto u64 = [](std::int64_t n) { return static_cast<cuuint64_t>(n); };
   const auto u32 = [](int n) { return static_cast<cuuint32_t>(n); };
@@ -34,7 +34,7 @@ CUtensorMap tensor_map_3d(DType dtype, const View<const void>& view, int head_di
   const std::int64_t token_stride = tokens == 1 ? head_dim : view.token_stride;
   const cuuint64_t sizes[3] = {u64(head_dim), u64(heads), u64(tokens)};
   const cuuint64_t strides[2] = {u64(head_stride) * kElementBytes, u64(token_stride) * kElementBytes};
-  const cuuint32_t box[3] = {64, 1, u32(box_tokens)};
+  const cuuint32_t box[3] = {64, u32(box_heads), u32(box_tokens)};
   const cuuint32_t steps[3] = {1, 1, 1};
   CUtensorMap map;
   const CUresult result =

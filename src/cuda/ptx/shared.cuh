@@ -37,4 +37,24 @@ __device__ __forceinline__ void append_if_greater(std::uint32_t& to, float score
       : "memory");
 }
 
+// If score >= least: stores x at `to` and moves `to` on by `step` bytes.
+template <int step>
+__device__ __forceinline__ void append_if_reached(std::uint32_t& to, float score, float least, int x) {
+  asm volatile("{\n.reg .pred p;\nsetp.ge.f32 p, %1, %2;\n@p st.shared.b32 [%0], %3;\n@p add.u32 %0, %0, %4;\n}"
+               : "+r"(to)
+               : "f"(score), "f"(least), "r"(x), "n"(step)
+               : "memory");
+}
+// If score >= least: stores {score, x} at `to` and moves `to` on, in turn to the upper half of its 16 bytes and to the
+// lower half of those `step` bytes behind them.
+template <int step>
+__device__ __forceinline__ void append_half_if_reached(std::uint32_t& to, float score, float least, int x) {
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .b32 half;\nsetp.ge.f32 p, %1, %2;\n@p st.shared.v2.b32 [%0], {%3, %4};\n"
+      "and.b32 half, %0, 8;\n@p mad.lo.u32 %0, half, %5, %0;\n@p add.u32 %0, %0, 8;\n}"
+      : "+r"(to)
+      : "f"(score), "f"(least), "r"(__float_as_uint(score)), "r"(x), "n"((step - 16) / 8)
+      : "memory");
+}
+
 }  // namespace moba::cuda::ptx
