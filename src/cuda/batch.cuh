@@ -17,8 +17,8 @@ __device__ inline int find_sequence(const Batch& batch, int sequences, int token
     }
   }
   if (sequences == 0) return -1;
-  const int offset = token - batch.sequences[low].q_begin;
-  return offset >= 0 && offset < batch.sequences[low].q_len ? low : -1;
+  const int begin = batch.sequences[low].q_begin, length = batch.sequences[low].q_len;  // read together
+  return token >= begin && token - begin < length ? low : -1;
 }
 
 // Blocks, numbered through the batch, that the gate scores for a row: [low, high). Causal: those before the own block,

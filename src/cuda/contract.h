@@ -150,12 +150,16 @@ struct RopeParameters {
   int pairs;                // rotary_dim / 2
   double magnitude;         // factor on cos and sin
   double frequency[128];    // radians per position of each pair; unused where a table is given
+  const double2* steps;     // by rope_steps(), on the device; unused where a table is given
   const float* cos;         // the caller's table on the device, [positions, pairs], or null
   const float* sin;
   std::int64_t cos_stride, sin_stride;
 };
 
-// rope.cu
+// rope.cu. cos and sin of the angles of positions 0 .. kRopeRun - 1, [kRopeRun][pairs]: what all runs of kRopeRun
+// positions have in common.
+inline constexpr int kRopeRun = 64;
+void rope_steps(const RopeParameters&, double2* steps, cudaStream_t);
 void rope_queries(const Shape&, const RopeParameters&, Batch, View<const void> q, View<void> q_rotated, cudaStream_t);
 // Rotates k and pools the rotated keys in one pass. centroids.data may be null.
 void rope_keys(const Shape&, const RopeParameters&, Batch, View<const void> k, View<void> k_rotated,

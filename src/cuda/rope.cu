@@ -3,6 +3,10 @@
 // A CTA has `slices` slices (runs of up to 64 tokens; of keys: the groups that pool adds up) of `heads` heads. It takes
 // 8 tokens of each slice at a time: cosines and sines of their positions go to shared memory, once for all heads, then
 // every thread rotates two chunks of 8 columns of one head, token after token, so that it can add up the group's keys.
+//
+// rope_steps() leaves only the cosines and sines of the first position of each run to be evaluated here: evaluating
+// both factors of the addition theorem for every position took longer than all else (210 us for 64 K keys of any number
+// of heads on an H200).
 #include <algorithm>
 #include <climits>
 
@@ -16,11 +20,10 @@ namespace moba::cuda {
 
 namespace {
 
-constexpr int kMaxThreads = 512;
 constexpr int kThreads = 256;         // what a CTA should have
+constexpr int kMaxThreads = 512;      // of a CTA that pools
 constexpr int kStep = 8;              // tokens of a slice at a time
-constexpr int kBatch = 2;             // tokens in flight a thread
-constexpr int kRun = 64;              // positions that share one evaluation of cos and sin: docs/spec.md section 3
+constexpr int kRun = kRopeRun;        // positions that share one evaluation of cos and sin: docs/spec.md section 3
 constexpr int kSlicePairs = 512;      // at most, slices * pairs: 48 KB of cosines and sines
 constexpr int kNoPosition = INT_MIN;  // of a token that lies in no sequence, or behind the slice
 
@@ -81,7 +84,7 @@ __device__ __forceinline__ double2 run_cos_sin(const RopeParameters& rope, int r
 // Those of position run + offset, by the addition theorem with the roundings that docs/spec.md fixes.
 __device__ __forceinline__ float2 position_cos_sin(const RopeParameters& rope, const double2& run, int offset,
                                                    int pair) {
-  const double2 step = cos_sin(__dmul_rn(offset, rope.frequency[pair]));
+  const double2 step = __ldg(rope.steps + offset * rope.pairs + pair);
   return make_float2(static_cast<float>(__dsub_rn(__dmul_rn(run.x, step.x), __dmul_rn(run.y, step.y))),
                      static_cast<float>(__dadd_rn(__dmul_rn(run.y, step.x), __dmul_rn(run.x, step.y))));
 }
@@ -118,13 +121,24 @@ struct Memory {
         positions(reinterpret_cast<int*>(runs + layout.slices * 2 * pairs)) {}
 };
 
+__global__ void __launch_bounds__(kThreads) fill_steps(const __grid_constant__ RopeParameters rope, double2* steps) {
+  const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x), offset = i / rope.pairs;
+  if (offset < kRun) steps[i] = cos_sin(__dmul_rn(offset, rope.frequency[i - offset * rope.pairs]));
+}
+
 // Cosines and sines of tokens first .. first + kStep - 1 of all slices.
 __device__ __forceinline__ void fill_angles(const RopeParameters& rope, const Layout& layout, const Memory& shared,
-                                            int first) {
-  const int pairs = rope.pairs;
+                                            int slice_tokens, int first) {
+  const int pairs = rope.pairs, threads = static_cast<int>(blockDim.x);
+  const int more_tokens = threads / pairs, more_pairs = threads - more_tokens * pairs;
   float* angles = reinterpret_cast<float*>(shared.angles);
-  for (int i = static_cast<int>(threadIdx.x); i < layout.slices * kStep * pairs; i += static_cast<int>(blockDim.x)) {
-    const int token = i / pairs, pair = i - token * pairs, slice = token / kStep;
+  int token = static_cast<int>(threadIdx.x) / pairs, pair = static_cast<int>(threadIdx.x) - token * pairs;
+  const auto next = [&] {
+    token += more_tokens, pair += more_pairs;
+    if (pair >= pairs) ++token, pair -= pairs;
+  };
+  for (; token < layout.slices * kStep; next()) {
+    const int slice = token / kStep;
     const int position = shared.positions[slice * kRun + first + token % kStep];
     if (position == kNoPosition) continue;
     float2 value;
@@ -134,7 +148,7 @@ __device__ __forceinline__ void fill_angles(const RopeParameters& rope, const La
       const int offset = position & (kRun - 1), run = position - offset;
       // Other runs than the two of the slice's first token come up where the slice holds several sequences.
       const int slice_first = shared.positions[slice * kRun], ahead = run - (slice_first & ~(kRun - 1));
-      const bool at_hand = ahead == 0 || (ahead == kRun && slice_first % kRun != 0);
+      const bool at_hand = ahead == 0 || (ahead == kRun && (slice_first & (kRun - 1)) + slice_tokens > kRun);
       const double2 at_run =
           at_hand ? shared.runs[(slice * 2 + ahead / kRun) * pairs + pair] : run_cos_sin(rope, run, pair);
       value = position_cos_sin(rope, at_run, offset, pair);
@@ -154,8 +168,10 @@ __device__ __forceinline__ void store(float4* to, int stride, const float (&low)
 
 // Needs pairs to be a multiple of 8. Grid: (slices / layout.slices, heads / layout.heads).
 template <class T, bool kInterleaved, bool kPool>
-__global__ void __launch_bounds__(kMaxThreads) rotate_tokens(const __grid_constant__ RopeParameters rope, Layout layout,
-                                                             Source source, Batch batch, View<void> centroids) {
+__global__ void __launch_bounds__(kPool ? kMaxThreads : kThreads, kPool ? 1 : 3)
+    rotate_tokens(const __grid_constant__ RopeParameters rope, Layout layout, Source source, Batch batch,
+                  View<void> centroids) {
+  constexpr int kBatch = kPool ? 2 : 1;  // tokens under way a thread: with pooling two CTAs share an SM, else three
   extern __shared__ double2 memory[];
   const int pairs = rope.pairs, rotated_lanes = pairs / 8;
   const Memory shared(reinterpret_cast<char*>(memory), layout, pairs, kPool);
@@ -172,7 +188,9 @@ __global__ void __launch_bounds__(kMaxThreads) rotate_tokens(const __grid_consta
   if (rope.cos == nullptr) {
     for (int i = thread; i < layout.slices * 2 * pairs; i += static_cast<int>(blockDim.x)) {
       const int which = i / pairs, first = shared.positions[which / 2 * kRun];
-      const bool needed = first != kNoPosition && (which % 2 == 0 || first % kRun != 0);
+      // The second run is that of the slice's last position, if it is another.
+      const bool crosses = first % kRun != 0 && (first & (kRun - 1)) + source.slice_tokens > kRun;
+      const bool needed = first != kNoPosition && (which % 2 == 0 || crosses);
       if (needed) shared.runs[i] = run_cos_sin(rope, (first & ~(kRun - 1)) + which % 2 * kRun, i - which * pairs);
     }
   }
@@ -188,41 +206,50 @@ __global__ void __launch_bounds__(kMaxThreads) rotate_tokens(const __grid_consta
   clear(low_sum);
   clear(high_sum);
 
+  struct Tokens {
+    uint4 low[kBatch], high[kBatch];
+  };
+  const auto load = [&](int token) {
+    Tokens tokens;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (token + i >= slice.tokens) continue;
+      const std::uint16_t* row = from + static_cast<std::int64_t>(slice.begin + token + i) * source.from.token_stride;
+      tokens.low[i] = __ldg(reinterpret_cast<const uint4*>(row + low_column));
+      tokens.high[i] = __ldg(reinterpret_cast<const uint4*>(row + high_column));
+    }
+    return tokens;
+  };
+  Tokens ahead = load(0);  // always under way: while cosines are made, too
   for (int first = 0; first < source.slice_tokens; first += kStep) {
     __syncthreads();
-    fill_angles(rope, layout, shared, first);
+    fill_angles(rope, layout, shared, source.slice_tokens, first);
     __syncthreads();
-    for (int batch_first = first; batch_first < min(first + kStep, slice.tokens); batch_first += kBatch) {
-      uint4 low[kBatch], high[kBatch];
+#pragma unroll 1
+    for (int step = 0; step < kStep; step += kBatch) {
+      Tokens now = ahead;
+      ahead = load(first + step + kBatch);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (batch_first + i >= slice.tokens) continue;
-        const std::uint16_t* row =
-            from + static_cast<std::int64_t>(slice.begin + batch_first + i) * source.from.token_stride;
-        low[i] = __ldg(reinterpret_cast<const uint4*>(row + low_column));
-        high[i] = __ldg(reinterpret_cast<const uint4*>(row + high_column));
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int token = batch_first + i;
+        const int token = first + step + i;
         if (token >= slice.tokens || shared.positions[slice_in_cta * kRun + token] == kNoPosition) continue;
+        uint4 &low = now.low[i], &high = now.high[i];
         if (rotates) {
-          const float4* angle = shared.angles + (slice_in_cta * kStep + token - first) * 4 * rotated_lanes + lane;
+          const float4* angle = shared.angles + (slice_in_cta * kStep + step + i) * 4 * rotated_lanes + lane;
           const float4 c0 = angle[0], c1 = angle[rotated_lanes], s0 = angle[2 * rotated_lanes],
                        s1 = angle[3 * rotated_lanes];
-          std::uint32_t low_words[4] = {low[i].x, low[i].y, low[i].z, low[i].w};
-          std::uint32_t high_words[4] = {high[i].x, high[i].y, high[i].z, high[i].w};
+          std::uint32_t low_words[4] = {low.x, low.y, low.z, low.w}, high_words[4] = {high.x, high.y, high.z, high.w};
           rotate<T, kInterleaved>(low_words, high_words, {c0.x, c0.y, c0.z, c0.w, c1.x, c1.y, c1.z, c1.w},
                                   {s0.x, s0.y, s0.z, s0.w, s1.x, s1.y, s1.z, s1.w});
-          low[i] = make_uint4(low_words[0], low_words[1], low_words[2], low_words[3]);
-          high[i] = make_uint4(high_words[0], high_words[1], high_words[2], high_words[3]);
+          low = make_uint4(low_words[0], low_words[1], low_words[2], low_words[3]);
+          high = make_uint4(high_words[0], high_words[1], high_words[2], high_words[3]);
         }
         std::uint16_t* row = to + static_cast<std::int64_t>(slice.begin + token) * source.to.token_stride;
-        *reinterpret_cast<uint4*>(row + low_column) = low[i];
-        *reinterpret_cast<uint4*>(row + high_column) = high[i];
+        *reinterpret_cast<uint4*>(row + low_column) = low;
+        *reinterpret_cast<uint4*>(row + high_column) = high;
         if constexpr (kPool) {
-          add<T>(low_sum, low[i]);
-          add<T>(high_sum, high[i]);
+          add<T>(low_sum, low);
+          add<T>(high_sum, high);
         }
       }
     }
@@ -290,9 +317,9 @@ __global__ void __launch_bounds__(kThreads)
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// Heads and slices of a CTA: slices come `together` at a time.
-Layout layout_of(const Shape& shape, const RopeParameters& rope, int heads, int together) {
-  const int lanes = shape.head_dim / 16, parts = divide_up(heads, std::max(1, kMaxThreads / (together * lanes)));
+// Heads and slices of a CTA of at most `threads`: slices come `together` at a time.
+Layout layout_of(const Shape& shape, const RopeParameters& rope, int heads, int threads, int together) {
+  const int lanes = shape.head_dim / 16, parts = divide_up(heads, std::max(1, threads / (together * lanes)));
   const int heads_of_cta = divide_up(heads, parts);
   const int fit =
       std::min(kThreads / (together * heads_of_cta * lanes), kSlicePairs / (together * std::max(1, rope.pairs)));
@@ -329,9 +356,13 @@ void rotate_source(const Shape& shape, const RopeParameters& rope, const Layout&
 
 }  // namespace
 
+void rope_steps(const RopeParameters& rope, double2* steps, cudaStream_t stream) {
+  launch(fill_steps, dim3(divide_up(kRun * rope.pairs, kThreads)), kThreads, 0, stream, rope, steps);
+}
+
 void rope_queries(const Shape& shape, const RopeParameters& rope, Batch batch, View<const void> q, View<void> q_rotated,
                   cudaStream_t stream) {
-  const Layout layout = layout_of(shape, rope, shape.q_heads, 1);
+  const Layout layout = layout_of(shape, rope, shape.q_heads, kThreads, 1);
   // Few tokens: more CTAs of fewer.
   const int tokens = shape.total_q / (layout.slices * 32) >= 2 * shape.sm_count ? 32 : kStep;
   const Source source{q, q_rotated, nullptr, shape.total_q, tokens, 1, divide_up(shape.total_q, tokens)};
@@ -346,6 +377,8 @@ void rope_keys(const Shape& shape, const RopeParameters& rope, Batch batch, View
   const bool wanted = centroids.data != nullptr;
   const bool pools =
       wanted && rope.pairs % 8 == 0 && groups * rope.pairs <= kSlicePairs && groups * lanes <= kMaxThreads;
+  const Layout layout = pools ? layout_of(shape, rope, shape.kv_heads, kMaxThreads, groups)
+                              : layout_of(shape, rope, shape.kv_heads, kThreads, 1);
   const Source source{k,
                       k_rotated,
                       batch.blocks,
@@ -353,8 +386,7 @@ void rope_keys(const Shape& shape, const RopeParameters& rope, Batch batch, View
                       std::min(shape.block_size, kPoolGroup),
                       groups,
                       static_cast<std::int64_t>(shape.max_blocks) * groups};
-  rotate_source(shape, rope, layout_of(shape, rope, shape.kv_heads, pools ? groups : 1), source, batch, pools,
-                centroids, stream);
+  rotate_source(shape, rope, layout, source, batch, pools, centroids, stream);
   if (wanted && !pools) {
     pool(shape, batch, {k_rotated.data, k_rotated.token_stride, k_rotated.head_stride}, centroids, stream);
   }

@@ -16,17 +16,23 @@ struct Sizes {
   int batch;
 };
 
-// One row of ids as a tile's thread reads it, 8 ids at a time. `block_begin` is added to them.
+// One row of ids as a tile's thread reads it, some ids at a time. The first of them should be loaded before the row is
+// located: then one wait for memory covers both.
 class RowIds {
  public:
-  __device__ RowIds(const Sizes& sizes, const Batch& batch, const IdsView<const std::int32_t>& ids, int head, int row)
+  RowIds() = default;
+  __device__ RowIds(const Sizes& sizes, const IdsView<const std::int32_t>& ids, int head, int row)
       : slots_(sizes.slots), exists_(row < sizes.rows) {
     if (!exists_) return;
-    const int token = row / sizes.group;
+    token_ = row / sizes.group;
     ids_ =
-        ids.data + head * ids.head_stride + token * ids.token_stride + (row - token * sizes.group) * ids.group_stride;
+        ids.data + head * ids.head_stride + token_ * ids.token_stride + (row - token_ * sizes.group) * ids.group_stride;
     vectors_ = reinterpret_cast<std::uintptr_t>(ids_) % sizeof(int4) == 0;
-    const int sequence = find_sequence(batch, sizes.batch, sizes.token_begin + token);
+  }
+
+  // Finds the sequence, whose first block is added to the ids. check() and to_blocks() need it.
+  __device__ void locate(const Sizes& sizes, const Batch& batch) {
+    const int sequence = exists_ ? find_sequence(batch, sizes.batch, sizes.token_begin + token_) : -1;
     if (sequence < 0) return;
     block_begin_ = batch.sequences[sequence].block_begin;
     blocks_ = batch.sequences[sequence].blocks;
@@ -79,8 +85,8 @@ class RowIds {
 
  private:
   const std::int32_t* ids_ = nullptr;
-  int slots_, block_begin_ = 0, blocks_ = 0;
-  bool exists_, in_sequence_ = false, vectors_ = false;
+  int slots_ = 0, token_ = 0, block_begin_ = 0, blocks_ = 0;
+  bool exists_ = false, in_sequence_ = false, vectors_ = false;
 };
 
 // Calls f(ids, first slot of them), n ids at a time, the first n of them `loaded` already.

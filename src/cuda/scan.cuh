@@ -6,12 +6,13 @@
 namespace moba::cuda {
 
 // Sum of `value` over the lanes before this one (exclusive); `total` (may be null) gets the sum over the warp.
-__device__ __forceinline__ int scan_warp(int value, int* total) {
+template <class T>
+__device__ __forceinline__ T scan_warp(T value, T* total) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  int inclusive = value;
+  T inclusive = value;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(~0u, inclusive, distance);
+    const T other = __shfl_up_sync(~0u, inclusive, distance);
     if (lane >= distance) inclusive += other;
   }
   if (total != nullptr) *total = __shfl_sync(~0u, inclusive, 31);
@@ -20,24 +21,24 @@ __device__ __forceinline__ int scan_warp(int value, int* total) {
 
 inline constexpr int kScanScratch = 33;
 
-// The same over a CTA of 1024 threads (32 warps), all of which call; `scratch` [kScanScratch] may be used again at
-// once.
-__device__ __forceinline__ int scan_block(int value, int* scratch, int* total) {
+// The same over a CTA of kWarps warps, all threads of which call; `scratch` [kScanScratch] may be used again at once.
+template <int kWarps = 32, class T>
+__device__ __forceinline__ T scan_block(T value, T* scratch, T* total) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  int warp_total;
-  const int before = scan_warp(value, &warp_total);
+  T warp_total;
+  const T before = scan_warp(value, &warp_total);
   if (lane == 0) scratch[warp] = warp_total;
   __syncthreads();
   if (warp == 0) {
-    int all;
-    const int warps_before = scan_warp(scratch[lane], &all);
+    T all;
+    const T warps_before = scan_warp(lane < kWarps ? scratch[lane] : T{}, &all);
     __syncwarp();
     scratch[lane] = warps_before;
     if (lane == 0) scratch[32] = all;
   }
   __syncthreads();
   *total = scratch[32];
-  const int result = scratch[warp] + before;
+  const T result = scratch[warp] + before;
   __syncthreads();
   return result;
 }

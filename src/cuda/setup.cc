@@ -89,6 +89,7 @@ int rows_per_unit(const Setup& setup) {
 std::size_t slab_bytes(const Setup& setup, std::int64_t heads, std::int64_t tokens) {
   Carver carver;
   BatchMemory(carver, setup.shape);
+  RopeMemory(carver, setup);
   SlabMemory(carver, setup, {0, static_cast<int>(heads), 0, static_cast<int>(tokens)});
   return carver.used();
 }
@@ -104,8 +105,10 @@ std::int64_t largest(std::int64_t most, Fits fits) {
   return good;
 }
 
-// Slabs as large as `limit` allows, and of about equal size: whole heads if one fits, else tokens of one head.
-void choose_slabs(Setup& setup, std::size_t limit, std::size_t outside) {
+// Slabs as large as `total` bytes allow, of which `outside` are spoken for, and of about equal size: whole heads if one
+// fits, else tokens of one head.
+void choose_slabs(Setup& setup, std::size_t total, std::size_t outside) {
+  const std::size_t limit = total > outside ? total - outside : 0;
   const Shape& s = setup.shape;
   const std::int64_t tokens = std::max(1, s.total_q), heads = s.kv_heads;
   std::int64_t most = largest(heads, [&](std::int64_t n) { return slab_bytes(setup, n, tokens) <= limit; });
@@ -117,7 +120,7 @@ void choose_slabs(Setup& setup, std::size_t limit, std::size_t outside) {
   const std::int64_t steps = ceil_div(tokens, kTokenStep);
   most = largest(steps, [&](std::int64_t n) { return slab_bytes(setup, 1, std::min(tokens, n * kTokenStep)) <= limit; });
   if (most == 0) {
-    refuse("options.workspace_limit", std::to_string(limit + outside) + " bytes",
+    refuse("options.workspace_limit", std::to_string(total) + " bytes",
            "at least " + std::to_string(slab_bytes(setup, 1, std::min(tokens, kTokenStep)) + outside) + " bytes for this problem");
   }
   setup.slab_heads = 1;
@@ -161,6 +164,9 @@ const char* name_of(AttendKernel kernel) {
 BatchMemory::BatchMemory(Carver& carver, const Shape& shape)
     : sequences(carver.take<DeviceSequence>(shape.batch)), blocks(carver.take<DeviceBlock>(shape.max_blocks)) {}
 
+RopeMemory::RopeMemory(Carver& carver, const Setup& setup)
+    : steps(carver.take<double2>(std::int64_t{kRopeRun} * setup.rope_pairs)) {}
+
 SlabMemory::SlabMemory(Carver& carver, const Setup& setup, Slab slab) {
   const Shape& s = setup.shape;
   const std::int64_t lists = std::int64_t{slab.heads} * s.max_blocks;
@@ -190,6 +196,7 @@ void prepare(Plan::Impl& plan, const DeviceLimits& device) {
   Setup& setup = *made;
   setup.device = device;
   setup.shape = shape_of(plan, device);
+  if (plan.rope && !plan.problem.rope->cos.given()) setup.rope_pairs = static_cast<int>(plan.rope->pairs());
   choose_kernels(setup, plan.options.cuda_kernels);
   setup.rows_per_unit = rows_per_unit(setup);
   setup.dense_rows_per_unit = setup.dense == AttendKernel::portable ? portable_rows(setup.shape.head_dim) : 128;
@@ -197,8 +204,7 @@ void prepare(Plan::Impl& plan, const DeviceLimits& device) {
   plan.selection_bytes = 0;  // chosen and used slab by slab
   const std::size_t outside = 64 + plan.q_rotated_bytes + plan.k_rotated_bytes + plan.centroids_bytes;
   const std::size_t total = plan.options.workspace_limit > 0 ? plan.options.workspace_limit : kDefaultScratch + outside;
-  const std::size_t limit = total > outside ? total - outside : 0;
-  choose_slabs(setup, limit, outside);
+  choose_slabs(setup, total, outside);
   const std::size_t slab = slab_bytes(setup, setup.slab_heads, setup.slab_tokens);
   plan.scratch_bytes = aligned(std::max({slab, choose_index_heads(setup, slab), dense_bytes(setup)}));
   plan.cuda = made;

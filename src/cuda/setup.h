@@ -27,6 +27,7 @@ struct Setup {
   int rows_per_unit = 64, dense_rows_per_unit = 64;
   int slab_heads = 1, slab_tokens = 1;  // largest slab of forward and attend
   int index_heads = 1;                  // key heads at a time of the public index(), all tokens
+  int rope_pairs = 0;                   // whose cosines and sines are computed, not looked up in the caller's table
 };
 
 // Fills plan.cuda, scratch_bytes and selection_bytes, or refuses the problem or the options.
@@ -39,6 +40,12 @@ struct BatchMemory {
   DeviceBlock* blocks;
 
   BatchMemory(Carver& carver, const Shape& shape);
+};
+
+struct RopeMemory {
+  double2* steps;
+
+  RopeMemory(Carver& carver, const Setup& setup);
 };
 
 // forward and attend: a slab's ids (attend reads the caller's), their transpose, units, partial results.

@@ -122,14 +122,18 @@ RopeParameters rope_parameters(const Plan::Impl& plan) {
   return r;
 }
 
-void rotate(const DeviceCall& c, const Tensor& q_rotated, const Tensor& k_rotated, const View<void>& centroids) {
-  const RopeParameters parameters = rope_parameters(c.call.plan);
+void rotate(DeviceCall& c, const Tensor& q_rotated, const Tensor& k_rotated, const View<void>& centroids) {
+  RopeParameters parameters = rope_parameters(c.call.plan);
+  const RopeMemory memory(c.carver, c.setup);
+  if (parameters.cos == nullptr) rope_steps(parameters, memory.steps, c.stream);
+  parameters.steps = memory.steps;
   rope_queries(c.shape, parameters, c.batch, view(c.call.q), view(q_rotated), c.stream);
   rope_keys(c.shape, parameters, c.batch, view(c.call.k), view(k_rotated), centroids, c.stream);
 }
 
 void rope(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated) {
-  rotate(DeviceCall(call), q_rotated, k_rotated, {});
+  DeviceCall c(call);
+  rotate(c, q_rotated, k_rotated, {});
 }
 
 void pool(const Call& call, const Tensor& centroids) {

@@ -24,13 +24,12 @@ struct Cut {
   int units, step, last;
 };
 
-__device__ __forceinline__ Cut cut(std::int64_t rows, int rows_per_unit) {
-  if (rows <= 0) return {0, 0, 0};
-  if (rows <= rows_per_unit) return {1, static_cast<int>(rows), static_cast<int>(rows)};
-  const std::int64_t pieces = (rows + rows_per_unit - 1) / rows_per_unit;
-  const int step = static_cast<int>(((rows + pieces - 1) / pieces + kTile - 1) / kTile * kTile);
-  const int units = static_cast<int>((rows + step - 1) / step);
-  return {units, step, static_cast<int>(rows - static_cast<std::int64_t>(units - 1) * step)};
+__device__ __forceinline__ Cut cut(int rows, int rows_per_unit) {
+  if (rows <= rows_per_unit) return {rows > 0 ? 1 : 0, rows, rows};
+  const unsigned n = static_cast<unsigned>(rows), most = static_cast<unsigned>(rows_per_unit);
+  const unsigned pieces = (n + most - 1) / most;
+  const unsigned step = ((n + pieces - 1) / pieces + kTile - 1) / kTile * kTile, units = (n + step - 1) / step;
+  return {static_cast<int>(units), static_cast<int>(step), static_cast<int>(n - (units - 1) * step)};
 }
 
 __device__ __forceinline__ int class_of(int rows, int rows_per_unit) {
@@ -43,7 +42,7 @@ __device__ __forceinline__ void scan_classes(const int* counts, int base, int* f
   if (threadIdx.x < 32) {
     const int lane = static_cast<int>(threadIdx.x);
     int before;
-    const int low = scan_warp(counts[lane], &before), high = scan_warp(counts[lane + 32], nullptr);
+    const int low = scan_warp(counts[lane], &before), high = scan_warp<int>(counts[lane + 32], nullptr);
     first[lane] = base + low;
     first[lane + 32] = base + before + high;
   }
@@ -55,9 +54,11 @@ struct Lists {
   std::int64_t capacity;
 };
 
-// Rows of the ascending `rows` [count] below `limit`.
-__device__ int rows_below(const std::int32_t* rows, int count, std::int64_t limit) {
-  int low = 0, high = count;
+// Rows of the ascending `rows` [count] below `limit`, where the first of them is `row0`. Mostly they are all of row0 ..
+// limit - 1, those of the own block: one look tells.
+__device__ __forceinline__ int rows_below(const std::int32_t* rows, int count, int row0, std::int64_t limit) {
+  int low = 0, high = static_cast<int>(min(static_cast<std::int64_t>(count), max(limit - row0, std::int64_t{0})));
+  if (high == 0 || rows[high - 1] < limit) return high;
   while (low < high) {
     const int middle = low + (high - low) / 2;
     if (rows[middle] < limit) {
@@ -81,19 +82,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (thread == 0) units_before = units_behind = 0;
   __syncthreads();
 
-  const auto cut_of = [&](std::int64_t i) { return cut(offsets[i + 1] - offsets[i], lists.rows_per_unit); };
+  const auto cut_of = [&](std::int64_t i) {
+    return cut(static_cast<int>(offsets[i + 1] - offsets[i]), lists.rows_per_unit);
+  };
+  const auto count_units = [&](std::int64_t first, std::int64_t last, int* total) {
+    int sum = 0;
+#pragma unroll 8
+    for (std::int64_t i = first + thread; i < last; i += kThreads) sum += cut_of(i).units;
+    sum = __reduce_add_sync(~0u, sum);
+    if (sum != 0 && thread % 32 == 0) atomicAdd(total, sum);
+  };
   // Heads before this one; behind it only the first CTA counts, to know the sum of all.
-  int sum = 0;
-  for (std::int64_t i = thread; i < static_cast<std::int64_t>(head) * n; i += kThreads) sum += cut_of(i).units;
-  if (sum != 0) atomicAdd(&units_before, sum);
+  count_units(0, static_cast<std::int64_t>(head) * n, &units_before);
   const bool counts_all = blockIdx.x == 0 && head == 0;
-  if (counts_all) {
-    int behind = 0;
-    for (std::int64_t i = n + thread; i < static_cast<std::int64_t>(lists.heads) * n; i += kThreads) {
-      behind += cut_of(i).units;
-    }
-    if (behind != 0) atomicAdd(&units_behind, behind);
-  }
+  if (counts_all) count_units(n, static_cast<std::int64_t>(lists.heads) * n, &units_behind);
   // This head: all units by class, and those of the blocks before this part.
   const std::int64_t first_list = static_cast<std::int64_t>(head) * n;
   for (int b = thread; b < n; b += kThreads) {
@@ -130,9 +132,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     const DeviceBlock block = blocks[b];
     // Rows ascend, so those that do not see all keys come first.
     int masked_rows = 0;
+    bool consecutive = false;  // whether they all are
+    const int row0 = rows[first];
     if (lists.causal) {
       const std::int64_t sees_all = static_cast<std::int64_t>(block.first_token) + block.keys - 1;
-      masked_rows = rows_below(rows + first, (c.units - 1) * c.step + c.last, sees_all * lists.group);
+      masked_rows = rows_below(rows + first, (c.units - 1) * c.step + c.last, row0, sees_all * lists.group);
+      consecutive = masked_rows > 0 && masked_rows == sees_all * lists.group - row0;
     }
     const int whole = class_of(c.step, lists.rows_per_unit);
     int place = c.units > 1 ? atomicAdd(&next[whole], c.units - 1) : 0;
@@ -147,7 +152,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       unit.first_token = block.first_token;
       unit.masked = min(max(masked_rows - u * c.step, 0), unit.rows);
       unit.row0 = -1;
-      if (unit.masked > 0) {
+      if (unit.masked > 0 && consecutive) {
+        unit.row0 = row0 + u * c.step;
+      } else if (unit.masked > 0) {
         const int row = rows[unit.first];
         if (rows[unit.first + unit.masked - 1] - row == unit.masked - 1) unit.row0 = row;
       }
@@ -173,8 +180,9 @@ __device__ __forceinline__ DenseRows dense_rows(const Dense& dense, const Device
   const int unseeing = !dense.causal ? 0 : max(0, s.q_len - s.k_len);  // queries before the first key
   const int queries = s.k_len == 0 ? 0 : s.q_len - unseeing;
   const int rows = queries * dense.group;
+  const unsigned most = static_cast<unsigned>(dense.rows_per_unit);
   return {s.q_begin + s.q_len - s.k_len, (s.q_begin + unseeing) * dense.group, rows,
-          static_cast<int>((static_cast<std::int64_t>(rows) + dense.rows_per_unit - 1) / dense.rows_per_unit)};
+          static_cast<int>((static_cast<unsigned>(rows) + most - 1) / most)};
 }
 
 __device__ __forceinline__ Unit dense_unit(const Dense& dense, const DeviceSequence& s, const DenseRows& r, int head,
@@ -211,18 +219,19 @@ __device__ __forceinline__ void for_each_dense_unit(const Dense& dense, const Ba
 // A CTA a key head. Heads go in sections whose keys and values fit in L2 together; in a section the units with the most
 // keys come first, each for all its heads.
 __global__ void __launch_bounds__(kThreads) cut_sequences(Dense dense, Batch batch, UnitList list) {
-  __shared__ int counts[kClasses], next[kClasses], most_keys, units;
+  __shared__ int counts[kClasses], next[kClasses], longest, units;
   const int head = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   if (thread < kClasses) counts[thread] = 0;
-  if (thread == 0) most_keys = 1, units = 0;
+  if (thread == 0) longest = 1, units = 0;
   __syncthreads();
   int most = 0;
   for (int s = thread; s < dense.batch; s += kThreads) most = max(most, batch.sequences[s].k_len);
-  atomicMax(&most_keys, most);
+  most = __reduce_max_sync(~0u, most);
+  if (most > 0 && thread % 32 == 0) atomicMax(&longest, most);
   __syncthreads();
-  const std::int64_t longest = most_keys;
+  const unsigned class_keys = static_cast<unsigned>(longest) / kClasses + 1;
   const auto class_of_unit = [&](const Unit& unit) {
-    return static_cast<int>((longest - unit.keys) * kClasses / (longest + 1));
+    return static_cast<int>(static_cast<unsigned>(longest - unit.keys) / class_keys);
   };
   for_each_dense_unit(dense, batch, [&](const DeviceSequence& s, const DenseRows& r, int u) {
     atomicAdd(&counts[class_of_unit(dense_unit(dense, s, r, head, u))], 1);
