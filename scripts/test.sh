@@ -43,7 +43,7 @@ with_bench=OFF             # the benchmarks are compiled in the full run only
 cxx=${CXX:-g++}
 jobs=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 
-sources() { find include src tools tests bench examples -name '*.h' -o -name '*.cc'; }
+sources() { find include src tools tests bench examples -regex '.*\.\(h\|cc\|cu\|cuh\)'; }
 
 run_format() { sources | xargs clang-format-14 --dry-run --Werror; }
 

@@ -84,7 +84,8 @@ std::vector<Region> regions(const Inputs& inputs, unsigned reads) {
 void check_outputs(const Plan& plan, const Outputs& outputs) {
   const Problem& p = plan.problem();
   check_tensor(plan.impl(), outputs.out, {"out", p.dtype, {p.total_q, p.q_heads, p.head_dim}, true});
-  if (outputs.lse.given()) check_tensor(plan.impl(), outputs.lse, {"lse", DType::f32, {p.q_heads, p.total_q}, true, false});
+  if (outputs.lse.given())
+    check_tensor(plan.impl(), outputs.lse, {"lse", DType::f32, {p.q_heads, p.total_q}, true, false});
 }
 
 void check_centroids(const Plan& plan, const ConstTensor& centroids, bool output) {

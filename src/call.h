@@ -64,13 +64,13 @@ struct Steps {
   void (*forward)(const Call& call, const Intermediates& memory, const Outputs& outputs);
 };
 
-#define MOBA_DECLARE_STEPS                                                                          \
-  void rope(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated);                    \
-  void pool(const Call& call, const Tensor& centroids);                                             \
-  void gate(const Call& call, const ConstTensor& centroids, const Selection& selection);            \
-  void index(const Call& call, const Selection& selection);                                         \
-  void attend(const Call& call, const Selection& selection, const Outputs& outputs);                \
-  void dense(const Call& call, const Outputs& outputs);                                             \
+#define MOBA_DECLARE_STEPS                                                               \
+  void rope(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated);         \
+  void pool(const Call& call, const Tensor& centroids);                                  \
+  void gate(const Call& call, const ConstTensor& centroids, const Selection& selection); \
+  void index(const Call& call, const Selection& selection);                              \
+  void attend(const Call& call, const Selection& selection, const Outputs& outputs);     \
+  void dense(const Call& call, const Outputs& outputs);                                  \
   void merge(const Call& call, std::span<const Outputs> partials, const Outputs& outputs);
 
 namespace reference {

@@ -30,8 +30,8 @@ struct Expected {
   bool output = false;  // strides must not map two elements to one place
   bool last_stride_1 = true;
 };
-// A tensor in the memory that the plan's backend works on. Device kernels read and write the tensors of a 16-bit type in
-// pieces of 16 bytes, and must be able to.
+// A tensor in the memory that the plan's backend works on. Device kernels read and write the tensors of a 16-bit type
+// in pieces of 16 bytes, and must be able to.
 void check_tensor(const Plan::Impl& plan, const ConstTensor& tensor, const Expected& expected);
 // The same of a problem's own tensors, while it is planned for `device`.
 void check_tensor(Device device, int device_index, const ConstTensor& tensor, const Expected& expected);

@@ -4,11 +4,11 @@
 // tasks).
 //
 // With a plan of the cuda backend all tensors and the workspace lie on its device; q, k, v, out, centroids and rotated
-// copies at multiples of 16 bytes, with strides that are multiples of 8. A function puts its work on the stream, whatever
-// device is current, and returns: it allocates nothing, waits for nothing and can be captured in a CUDA graph. So what
-// only the device can see is not refused: with cu_seqlens that are not as they must be, every row of out and lse is NaN;
-// a row whose ids are not as they must be is chosen by no block, and its out and lse are NaN. No memory is touched that
-// was not given.
+// copies at multiples of 16 bytes, with strides that are multiples of 8. A function puts its work on the stream,
+// whatever device is current, and returns: it allocates nothing, waits for nothing and can be captured in a CUDA graph.
+// So what only the device can see is not refused: with cu_seqlens that are not as they must be, every row of out and
+// lse is NaN; a row whose ids are not as they must be is chosen by no block, and its out and lse are NaN. No memory is
+// touched that was not given.
 //
 // Shapes: Tq, Tk tokens of the packed batch, Hq query heads, Hk key heads, g = Hq / Hk, d head dim. docs/spec.md
 // defines the computation; arXiv 2502.13189 is where it comes from.
@@ -65,8 +65,8 @@ MOBA_EXPORT void forward(const Plan& plan, const Inputs& inputs, const Outputs& 
 MOBA_EXPORT void dense(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace,
                        Stream stream = {});
 
-// Views into `memory` (at least plan.selection_bytes(shared) bytes, 8-byte aligned, on the plan's device) with the shapes
-// that the plan wants.
+// Views into `memory` (at least plan.selection_bytes(shared) bytes, 8-byte aligned, on the plan's device) with the
+// shapes that the plan wants.
 MOBA_EXPORT Selection make_selection(const Plan& plan, std::span<std::byte> memory, bool shared = false);
 
 // ---- The stages. They take q and k as they are, whether or not the plan has a rope: call rope first where positions
@@ -102,8 +102,8 @@ MOBA_EXPORT void attend(const Plan& plan, const Inputs& inputs, const Selection&
                         Workspace workspace, Stream stream = {});
 
 // merge: attention over the union of disjoint key sets, from the results over each: out = sum of exp(lse_i - lse)
-// out_i, added up in the order given. Each partial has the shapes of Outputs, lse included; on cuda there are at most 48.
-// Partials may not overlap outputs.
+// out_i, added up in the order given. Each partial has the shapes of Outputs, lse included; on cuda there are at
+// most 48. Partials may not overlap outputs.
 MOBA_EXPORT void merge(const Plan& plan, std::span<const Outputs> partials, const Outputs& outputs, Stream stream = {});
 
 }  // namespace moba

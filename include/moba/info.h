@@ -26,8 +26,8 @@ MOBA_EXPORT Bf16Support bf16_support();
 
 // A GPU that the cuda backend can use.
 struct CudaDevice {
-  int index = 0;         // as cudaSetDevice counts
-  std::string name;      // "NVIDIA H200"
+  int index = 0;             // as cudaSetDevice counts
+  std::string name;          // "NVIDIA H200"
   int major = 0, minor = 0;  // compute capability
   std::size_t memory = 0;    // bytes
   std::string kernels;       // the family that a plan takes there: "sm90" or "portable"
@@ -35,10 +35,10 @@ struct CudaDevice {
 
 // What the cuda backend can do here. Never throws for a missing GPU, driver or build: `problem` says what is missing.
 struct CudaSupport {
-  bool built = false;                // the library was built with CUDA
-  std::string runtime, driver;       // CUDA versions, "13.0"; empty where there is none
-  std::vector<CudaDevice> devices;   // those that can be used
-  std::string problem;               // empty where there is a device
+  bool built = false;               // the library was built with CUDA
+  std::string runtime, driver;      // CUDA versions, "13.0"; empty where there is none
+  std::vector<CudaDevice> devices;  // those that can be used
+  std::string problem;              // empty where there is a device
 };
 MOBA_EXPORT CudaSupport cuda_support();
 

@@ -71,8 +71,8 @@ struct Arithmetic {
 
 class MOBA_EXPORT Plan {
  public:
-  // Throws moba::Error for a problem or an option that is not served. Touches no tensor; for the cuda backend it asks the
-  // driver what the device is.
+  // Throws moba::Error for a problem or an option that is not served. Touches no tensor; for the cuda backend it asks
+  // the driver what the device is.
   explicit Plan(const Problem& problem, const Options& options = {});
   ~Plan();
   // Cheap, and there is no move: no plan is ever left empty.

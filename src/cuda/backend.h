@@ -12,8 +12,8 @@ namespace moba::cuda {
 
 extern const Steps kSteps;
 
-// Fills in the cuda part of a plan, or refuses it: no CUDA in the build, no driver, no such device, a problem or an option
-// that the kernels do not serve.
+// Fills in the cuda part of a plan, or refuses it: no CUDA in the build, no driver, no such device, a problem or an
+// option that the kernels do not serve.
 void prepare(Plan::Impl& plan);
 
 // "cuda sm90 (NVIDIA H200): ..."

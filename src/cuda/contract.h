@@ -90,28 +90,28 @@ struct CountsView {
 
 // The transpose of the slab's ids.
 struct Index {
-  std::int64_t* offsets;     // [heads * max_blocks + 1]: entries of (head h of the slab, block b) are
-                             // offsets[h * max_blocks + b] ...
-  std::int32_t* rows;        // [heads * tokens * group * slots] row ids (not slab rows), ascending for each (head, block)
-  std::int32_t* positions;   // [heads][slab rows][slots]: entry of each id, less offsets[h * max_blocks]; -1 for no id,
-                             // kInvalidRow in every slot of a row whose ids are not ascending, in range, then -1
+  std::int64_t* offsets;  // [heads * max_blocks + 1]: entries of (head h of the slab, block b) are
+                          // offsets[h * max_blocks + b] ...
+  std::int32_t* rows;     // [heads * tokens * group * slots] row ids (not slab rows), ascending for each (head, block)
+  std::int32_t* positions;  // [heads][slab rows][slots]: entry of each id, less offsets[h * max_blocks]; -1 for no id,
+                            // kInvalidRow in every slot of a row whose ids are not ascending, in range, then -1
 };
 inline constexpr std::int32_t kInvalidRow = -2;
 
 // A work unit of attend: rows of one list against one key range.
 struct alignas(16) Unit {
-  std::int64_t first;   // list: first entry of the unit in Index::rows and in the partials; dense: unused
-  std::int32_t head;    // key head, of all (not of the slab)
+  std::int64_t first;            // list: first entry of the unit in Index::rows and in the partials; dense: unused
+  std::int32_t head;             // key head, of all (not of the slab)
   std::int32_t key_begin, keys;  // tokens of k; keys >= 1, for dense the keys that the unit's last row sees
-  std::int32_t rows;    // >= 1
-  std::int32_t first_token;  // row with token t sees min(keys, max(0, t - first_token + 1)) keys if causal
-  std::int32_t masked;  // leading rows that see fewer than `keys` keys; 0 if not causal
-  std::int32_t row0;    // >= 0: the first `masked` rows (dense: all rows) are row0, row0 + 1, ...; -1: read them
+  std::int32_t rows;             // >= 1
+  std::int32_t first_token;      // row with token t sees min(keys, max(0, t - first_token + 1)) keys if causal
+  std::int32_t masked;           // leading rows that see fewer than `keys` keys; 0 if not causal
+  std::int32_t row0;  // >= 0: the first `masked` rows (dense: all rows) are row0, row0 + 1, ...; -1: read them
 };
 
 struct UnitList {
-  Unit* units;              // [capacity], capacity from unit_capacity()
-  std::int32_t* counters;   // [2]: units handed out so far (0 when attend starts), units in the list
+  Unit* units;             // [capacity], capacity from unit_capacity()
+  std::int32_t* counters;  // [2]: units handed out so far (0 when attend starts), units in the list
 };
 
 // Partial results, by entry of Index::rows: the normalised output of (row, block) and its log-sum-exp, base 2, of the
@@ -147,11 +147,11 @@ void prepare_batch(const Shape& shape, const std::int32_t* cu_seqlens_q, const s
 
 struct RopeParameters {
   bool interleaved;
-  int pairs;                // rotary_dim / 2
-  double magnitude;         // factor on cos and sin
-  double frequency[128];    // radians per position of each pair; unused where a table is given
-  const double2* steps;     // by rope_steps(), on the device; unused where a table is given
-  const float* cos;         // the caller's table on the device, [positions, pairs], or null
+  int pairs;              // rotary_dim / 2
+  double magnitude;       // factor on cos and sin
+  double frequency[128];  // radians per position of each pair; unused where a table is given
+  const double2* steps;   // by rope_steps(), on the device; unused where a table is given
+  const float* cos;       // the caller's table on the device, [positions, pairs], or null
   const float* sin;
   std::int64_t cos_stride, sin_stride;
 };
@@ -171,8 +171,8 @@ void pool(const Shape&, Batch, View<const void> k, View<void> centroids, cudaStr
 // gate_sm90.cu (d 64 and 128, slots up to 17), gate_portable.cu (all).
 void gate_sm90(const Shape&, Slab, Batch, View<const void> q, View<const void> centroids, IdsView<std::int32_t> ids,
                CountsView counts, cudaStream_t);
-void gate_portable(const Shape&, Slab, Batch, View<const void> q, View<const void> centroids,
-                   IdsView<std::int32_t> ids, CountsView counts, cudaStream_t);
+void gate_portable(const Shape&, Slab, Batch, View<const void> q, View<const void> centroids, IdsView<std::int32_t> ids,
+                   CountsView counts, cudaStream_t);
 
 // index.cu. Entries of the slab start at offsets_begin (device, null: 0), which is how the slabs of a public index()
 // follow each other. positions may be null.

@@ -50,11 +50,12 @@ DeviceLimits limits_of(int index) {
 }
 
 std::string unfit(const DeviceLimits& limits) {
-  const std::string is = limits.name + ", compute capability " + std::to_string(limits.major) + "." +
-                         std::to_string(limits.minor);
+  const std::string is =
+      limits.name + ", compute capability " + std::to_string(limits.major) + "." + std::to_string(limits.minor);
   if (limits.major < 8) return is + "; allowed: devices of compute capability 8.0 or later";
   const CurrentDevice current(limits.index);
-  if (!has_kernels_for_current_device()) return is + ", which this library was not built for; allowed: a build that names it";
+  if (!has_kernels_for_current_device())
+    return is + ", which this library was not built for; allowed: a build that names it";
   return {};
 }
 

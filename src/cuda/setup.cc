@@ -66,7 +66,8 @@ void choose_kernels(Setup& setup, const std::string& family) {
   const bool fits = s.head_dim == 64 || s.head_dim == 128;
   if (family == "sm90") {
     if (!setup.device.has_sm90()) {
-      refuse("options.cuda_kernels", "sm90", "portable on " + setup.device.name + ", which is not of compute capability 9.0");
+      refuse("options.cuda_kernels", "sm90",
+             "portable on " + setup.device.name + ", which is not of compute capability 9.0");
     }
     if (!fits) refuse("options.cuda_kernels", "sm90", "portable, where head_dim is not 64 or 128");
   }
@@ -76,14 +77,15 @@ void choose_kernels(Setup& setup, const std::string& family) {
   setup.dense = AttendKernel::stream_sm90;
 }
 
-// Rows of one attend unit. Resident keys want many rows, since a change of units costs 1.6 us a multiprocessor, but also
-// eight units or more for each of them, so that all end at about the same time.
+// Rows of one attend unit. Resident keys want many rows, since a change of units costs 1.6 us a multiprocessor, but
+// also eight units or more for each of them, so that all end at about the same time.
 int rows_per_unit(const Setup& setup) {
   const Shape& s = setup.shape;
   if (setup.attend == AttendKernel::stream_sm90) return 128;
   if (setup.attend == AttendKernel::portable) return portable_rows(s.head_dim);
   const std::int64_t entries = std::int64_t{s.total_q} * s.q_heads * s.slots;
-  return static_cast<int>(std::clamp<std::int64_t>(ceil_div(entries, std::int64_t{8} * s.sm_count * 64) * 64, 512, 2048));
+  return static_cast<int>(
+      std::clamp<std::int64_t>(ceil_div(entries, std::int64_t{8} * s.sm_count * 64) * 64, 512, 2048));
 }
 
 std::size_t slab_bytes(const Setup& setup, std::int64_t heads, std::int64_t tokens) {
@@ -118,10 +120,12 @@ void choose_slabs(Setup& setup, std::size_t total, std::size_t outside) {
     return;
   }
   const std::int64_t steps = ceil_div(tokens, kTokenStep);
-  most = largest(steps, [&](std::int64_t n) { return slab_bytes(setup, 1, std::min(tokens, n * kTokenStep)) <= limit; });
+  most =
+      largest(steps, [&](std::int64_t n) { return slab_bytes(setup, 1, std::min(tokens, n * kTokenStep)) <= limit; });
   if (most == 0) {
     refuse("options.workspace_limit", std::to_string(total) + " bytes",
-           "at least " + std::to_string(slab_bytes(setup, 1, std::min(tokens, kTokenStep)) + outside) + " bytes for this problem");
+           "at least " + std::to_string(slab_bytes(setup, 1, std::min(tokens, kTokenStep)) + outside) +
+               " bytes for this problem");
   }
   setup.slab_heads = 1;
   setup.slab_tokens = static_cast<int>(ceil_div(steps, ceil_div(steps, most)) * kTokenStep);
@@ -220,8 +224,10 @@ std::string describe_kernels(const Plan::Impl& plan) {
   const Setup& setup = *plan.cuda;
   std::string text = "cuda (" + setup.device.name + "): ";
   if (plan.forward_is_dense) return text + name_of(setup.dense) + ", every block chosen: full attention";
-  text += std::string("gate ") + (setup.gate == GateKernel::sm90 ? "sm90" : "portable") + ", attend " + name_of(setup.attend);
-  const std::int64_t passes = ceil_div(setup.shape.kv_heads, setup.slab_heads) * ceil_div(std::max(1, setup.shape.total_q), setup.slab_tokens);
+  text += std::string("gate ") + (setup.gate == GateKernel::sm90 ? "sm90" : "portable") + ", attend " +
+          name_of(setup.attend);
+  const std::int64_t passes =
+      ceil_div(setup.shape.kv_heads, setup.slab_heads) * ceil_div(std::max(1, setup.shape.total_q), setup.slab_tokens);
   return text + ", " + std::to_string(passes) + (passes == 1 ? " pass" : " passes");
 }
 

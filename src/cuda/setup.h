@@ -1,5 +1,5 @@
-// What a plan of the cuda backend settles: kernels, slabs, and how the workspace is divided. Pure: it looks at the problem
-// and at the limits of a device, and calls nothing.
+// What a plan of the cuda backend settles: kernels, slabs, and how the workspace is divided. Pure: it looks at the
+// problem and at the limits of a device, and calls nothing.
 #pragma once
 
 #include <cstddef>

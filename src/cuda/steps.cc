@@ -54,7 +54,8 @@ void for_each_slab(const Setup& setup, F f) {
   const Shape& s = setup.shape;
   for (int head = 0; head < s.kv_heads; head += setup.slab_heads) {
     for (int token = 0; token < s.total_q; token += setup.slab_tokens) {
-      f(Slab{head, std::min(setup.slab_heads, s.kv_heads - head), token, std::min(setup.slab_tokens, s.total_q - token)});
+      f(Slab{head, std::min(setup.slab_heads, s.kv_heads - head), token,
+             std::min(setup.slab_tokens, s.total_q - token)});
     }
   }
 }
@@ -147,7 +148,8 @@ void gate(const Call& call, const ConstTensor& centroids, const Selection& selec
   launch_gate(c, slab, view(call.q), view(centroids), ids_view<std::int32_t>(c.shape, selection, slab),
               counts_view(c.shape, selection, slab));
   // The transpose is no longer that of the ids.
-  if (selection.offsets.given()) MOBA_CUDA(cudaMemsetAsync(selection.offsets.data, 0xff, sizeof(std::int64_t), c.stream));
+  if (selection.offsets.given())
+    MOBA_CUDA(cudaMemsetAsync(selection.offsets.data, 0xff, sizeof(std::int64_t), c.stream));
 }
 
 void index(const Call& call, const Selection& selection) {
@@ -190,7 +192,8 @@ void merge(const Call& call, std::span<const Outputs> partials, const Outputs& o
     given.out[given.count] = read_only(view(partial.out));
     given.lse[given.count++] = {partial.lse.data, partial.lse.stride[1], partial.lse.stride[0]};
   }
-  merge_partials(setup.shape, given, view(outputs.out), lse_view(outputs), static_cast<cudaStream_t>(call.stream.handle));
+  merge_partials(setup.shape, given, view(outputs.out), lse_view(outputs),
+                 static_cast<cudaStream_t>(call.stream.handle));
 }
 
 void forward(const Call& given, const Intermediates& memory, const Outputs& outputs) {

@@ -26,7 +26,8 @@ __device__ __forceinline__ void copy_async_arrive(std::uint32_t barrier) {
 }
 
 // sm_90a: a box of a 3-d tensor map at (x, y, z), innermost first; its bytes count at the barrier.
-__device__ __forceinline__ void copy_tensor_3d(std::uint32_t to, const CUtensorMap* map, std::uint32_t barrier, int x, int y, int z) {
+__device__ __forceinline__ void copy_tensor_3d(std::uint32_t to, const CUtensorMap* map, std::uint32_t barrier, int x,
+                                               int y, int z) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
       "[%2];" ::"r"(to),

@@ -22,9 +22,11 @@ __device__ __forceinline__ void load_matrix_x4_transposed(std::uint32_t (&r)[4],
                : "memory");
 }
 
-// d [16, 8] += a [16, 16] b [16, 8]. Lane 4r + c holds columns 2c, 2c + 1 of rows r (d[0], d[1]) and r + 8 (d[2], d[3]).
+// d [16, 8] += a [16, 16] b [16, 8]. Lane 4r + c holds columns 2c, 2c + 1 of rows r (d[0], d[1]) and r + 8 (d[2],
+// d[3]).
 template <class T>
-__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                             std::uint32_t b1) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
