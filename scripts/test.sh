@@ -126,9 +126,9 @@ EOF
   consume static "$check/static" --static
 }
 
-# Every file that the build compiles. Its flags are those of g++, some of which clang does not know.
+# Every C++ file that the build compiles. Its flags are those of g++, some of which clang does not know.
 run_tidy() {
-  sed -n 's/^ *"file": "\(.*\)",\{0,1\}$/\1/p' build/ci/compile_commands.json | sort -u |
+  sed -n 's/^ *"file": "\(.*\.cc\)",\{0,1\}$/\1/p' build/ci/compile_commands.json | sort -u |
     xargs -P "$jobs" -n 1 clang-tidy-14 -p build/ci --quiet --warnings-as-errors='*' \
       --extra-arg=-Wno-unknown-warning-option 2> >(grep -v 'warnings generated' >&2)
 }
