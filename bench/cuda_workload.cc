@@ -105,7 +105,7 @@ void CudaWorkload::staged(Marks& marks) {
                       : setup.attend == cuda::AttendKernel::stream_sm90 ? cuda::attend_stream_sm90
                                                                         : cuda::attend_portable;
 
-  cuda::prepare_batch(shape, starts, starts, p.max_seqlen_q, p.max_seqlen_k, scratch.batch.sequences,
+  cuda::prepare_batch(shape, starts, starts, p.max_seqlen_q, p.max_seqlen_k, false, scratch.batch.sequences,
                       scratch.batch.blocks, stream_);
   marks.mark("batch");
   cuda::pool(shape, batch, view(inputs_.k), view(centroids), stream_);

@@ -273,7 +273,7 @@ void attend(const Plan& plan, const Inputs& inputs, const Selection& selection, 
   if (on_host) {
     check_selection_transpose(plan.impl(), selection);
   } else {
-    check_selection_rows(plan.impl(), selection, false);
+    check_selection_ids(plan.impl(), selection, false);
   }
   check_outputs(plan, outputs);
   const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};

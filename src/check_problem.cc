@@ -7,6 +7,7 @@
 #include "checks.h"
 #include "cpu/bf16_dot.h"
 #include "cpu/targets.h"
+#include "cuda/backend.h"
 #include "refuse.h"
 
 namespace moba {
@@ -75,6 +76,7 @@ void check_options(const Options& options, const Problem& problem) {
   if (options.backend != Backend::cpu && options.backend != Backend::reference && options.backend != Backend::cuda) {
     refuse("options.backend", static_cast<int>(options.backend), "cpu, reference, cuda");
   }
+  if (options.backend == Backend::cuda) cuda::check_device(options.cuda_device);
   check_range("options.threads", options.threads, 0, kMaxThreads);
   if (cpu::find_target(options.cpu_target) == 0) {
     std::string names;

@@ -26,6 +26,9 @@ struct BadList {
   bool found() const { return first != std::numeric_limits<std::int64_t>::max(); }
 };
 
+// Device kernels count in 16-byte pieces of 32 bits from the start of a tensor.
+constexpr std::int64_t kMaxDeviceStride = std::int64_t{1} << 35;
+
 // The pointer of a cuda tensor must be of that device: a kernel that follows another ends the process's use of the GPU.
 void check_device_memory(std::string_view argument, const void* pointer, int device_index) {
   const int is = cuda::device_of(pointer);
@@ -109,10 +112,15 @@ void check_tensor(Device device, int device_index, const ConstTensor& t, const E
   for (int i = 0; i < rank; ++i) {
     if (t.shape[i] <= 1) continue;  // never stepped over
     if (t.stride[i] < 0) refuse(stride(i), t.stride[i], "0 or more");
-    if (vectors && i < rank - 1 && t.stride[i] % 8 != 0) refuse(stride(i), t.stride[i], "multiples of 8 on cuda");
+    if (vectors && i < rank - 1 && (t.stride[i] % 8 != 0 || t.stride[i] == 0 || t.stride[i] > kMaxDeviceStride)) {
+      refuse(stride(i), t.stride[i], "multiples of 8 from 8 to 2^35 on cuda");
+    }
     if (i == rank - 1 && expected.last_stride_1 && t.stride[i] != 1) refuse(stride(i), t.stride[i], "1");
     checked_product(a, {t.stride[i], t.shape[i]});
     order.push_back(i);
+  }
+  if (vectors && Region(a, t).end - Region(a, t).begin > 2 * kMaxDeviceStride) {
+    refuse(a, "spread over more than 64 GiB", "tensors that span up to 64 GiB on cuda");
   }
   if (!expected.output) return;
   std::ranges::sort(order, {}, [&](int i) { return t.stride[i]; });
@@ -143,6 +151,13 @@ Region::Region(std::string_view argument_name, Workspace workspace)
 void check_positions(const Call& call) {
   const std::optional<Rope>& rope = call.plan.problem.rope;
   if (!rope || !rope->cos.given()) return;
+  const Problem& p = call.plan.problem;
+  if (call.plan.device != Device::cpu && !call.cu_seqlens_q.given() && !call.cu_seqlens_k.given() &&
+      p.total_q > p.total_k) {
+    refuse("total_q", p.total_q,
+           "up to total_k (" + std::to_string(p.total_k) +
+               ") with a table of the caller's, which has no rows for positions before 0");
+  }
   for (std::size_t s = 0; s < call.sequences.size(); ++s) {
     if (call.sequences[s].q_len <= call.sequences[s].k_len) continue;
     refuse("length of sequence " + std::to_string(s) + " in cu_seqlens_q", call.sequences[s].q_len,
@@ -174,11 +189,17 @@ void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t ne
   if (plan.device == Device::cuda) check_device_memory("workspace", workspace.data(), plan.options.cuda_device);
 }
 
-void check_selection_rows(const Plan::Impl& plan, const Selection& selection, bool per_query_head) {
+std::int64_t check_selection_ids(const Plan::Impl& plan, const Selection& selection, bool per_query_head) {
   const Problem& p = plan.problem;
   const std::int64_t given = selection.ids.rank == 3 ? selection.ids.shape[1] : p.q_heads;
   const std::int64_t heads = !per_query_head && given == p.kv_heads ? p.kv_heads : p.q_heads;
   check_tensor(plan, selection.ids, {"selection.ids", DType::i32, {p.total_q, heads, plan.slots}, true});
+  return heads;
+}
+
+void check_selection_rows(const Plan::Impl& plan, const Selection& selection, bool per_query_head) {
+  const Problem& p = plan.problem;
+  const std::int64_t heads = check_selection_ids(plan, selection, per_query_head);
   check_tensor(plan, selection.counts, {"selection.counts", DType::i32, {p.total_q, heads}, true, false});
 }
 

@@ -53,7 +53,8 @@ void check_no_overlap(std::span<const Region> outputs, std::span<const Region> i
 
 void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t needed);
 
-// A selection against the shapes of the plan: ids and counts, or the transpose.
+// A selection against the shapes of the plan: ids (returns their heads), ids and counts, or the transpose.
+std::int64_t check_selection_ids(const Plan::Impl& plan, const Selection& selection, bool per_query_head);
 void check_selection_rows(const Plan::Impl& plan, const Selection& selection, bool per_query_head);
 void check_selection_transpose(const Plan::Impl& plan, const Selection& selection);
 // The content of ids, given by the caller: ascending block ids of the row's sequence, then -1.

@@ -1,5 +1,7 @@
 #include "moba/tensor.h"
 
+#include <algorithm>
+
 #include "moba/error.h"
 
 namespace moba {
@@ -61,6 +63,18 @@ BasicTensor<Void>::BasicTensor(Void* pointer, DType type, std::initializer_list<
       throw Error("tensor: the shape of " + describe(*this) + " has more than 2^63 elements");
     }
   }
+}
+
+template <class Void>
+BasicTensor<Void>::BasicTensor(Void* pointer, DType type, std::initializer_list<std::int64_t> dims,
+                               std::initializer_list<std::int64_t> strides, Device where, int index_of_device)
+    : BasicTensor(pointer, type, dims, where, index_of_device) {
+  if (strides.size() != dims.size()) {
+    throw Error("tensor: " + std::to_string(strides.size()) + " strides for " + describe(*this) +
+                "; as many as dimensions "
+                "are allowed");
+  }
+  std::ranges::copy(strides, stride.begin());
 }
 
 template struct BasicTensor<void>;

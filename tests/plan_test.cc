@@ -321,6 +321,18 @@ TEST(Plan, ScratchOfTheGate) {
   }
 }
 
+TEST(Tensor, StridesOfItsOwn) {
+  float data[64];
+  const Tensor t(data, DType::f32, {4, 2, 8}, {8, 32, 1}, Device::cuda, 3);
+  EXPECT_EQ(t.rank, 3);
+  EXPECT_EQ(t.stride[0], 8);
+  EXPECT_EQ(t.stride[1], 32);
+  EXPECT_EQ(t.stride[2], 1);
+  EXPECT_EQ(t.device, Device::cuda);
+  EXPECT_EQ(t.device_index, 3);
+  EXPECT_THROW(Tensor(data, DType::f32, {4, 2, 8}, {8, 1}), Error);
+}
+
 TEST(Tensor, ContiguousStrides) {
   float x = 0;
   const Tensor t(&x, DType::f32, {2, 3, 4});

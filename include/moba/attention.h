@@ -4,11 +4,11 @@
 // tasks).
 //
 // With a plan of the cuda backend all tensors and the workspace lie on its device; q, k, v, out, centroids and rotated
-// copies at multiples of 16 bytes, with strides that are multiples of 8. A function puts its work on the stream,
-// whatever device is current, and returns: it allocates nothing, waits for nothing and can be captured in a CUDA graph.
-// So what only the device can see is not refused: with cu_seqlens that are not as they must be, every row of out and
-// lse is NaN; a row whose ids are not as they must be is chosen by no block, and its out and lse are NaN. No memory is
-// touched that was not given.
+// copies at multiples of 16 bytes, with strides that are multiples of 8 above 0. A function puts its work on the
+// stream, whatever device is current, and returns: it allocates nothing, waits for nothing and can be captured in a
+// CUDA graph. So what only the device can see is not refused: with cu_seqlens that are not as they must be, every row
+// of out and lse is NaN; a row whose ids are not as they must be is chosen by no block, and its out and lse are NaN. No
+// memory is touched that was not given.
 //
 // Shapes: Tq, Tk tokens of the packed batch, Hq query heads, Hk key heads, g = Hq / Hk, d head dim. docs/spec.md
 // defines the computation; arXiv 2502.13189 is where it comes from.
@@ -83,7 +83,7 @@ MOBA_EXPORT void pool(const Plan& plan, const Inputs& inputs, const Tensor& cent
 
 // gate: the chosen ids of every row, from q and the centroids (or any block representatives of the caller's). Writes
 // selection.ids, which must hold Hq heads, and counts. The transpose, if given, is marked as out of date (offsets[0] =
-// -1): attend refuses it until index has run.
+// -1): on the cpu attend refuses it until index has run.
 MOBA_EXPORT void gate(const Plan& plan, const Inputs& inputs, const ConstTensor& centroids, const Selection& selection,
                       Workspace workspace, Stream stream = {});
 

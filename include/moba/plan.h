@@ -54,7 +54,7 @@ struct Options {
   // cuda: the device, as cudaSetDevice counts; the kernel family, "sm90" (Hopper) or "portable" (compute capability 8.0
   // and later), empty for the best that the device has; and how many bytes workspace_bytes() may come to at most, 0 for
   // 2 GiB beyond what rope and centroids take. Less memory means more and shorter passes over heads and queries; the
-  // results are the same bits.
+  // results are the same bits, where v is finite.
   int cuda_device = 0;
   std::string cuda_kernels;
   std::size_t workspace_limit = 0;

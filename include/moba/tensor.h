@@ -40,6 +40,9 @@ struct BasicTensor {
   // A contiguous (row-major) tensor. At most kMaxRank dimensions, or moba::Error.
   BasicTensor(Void* pointer, DType type, std::initializer_list<std::int64_t> dims, Device where = Device::cpu,
               int index_of_device = 0);
+  // One with strides of its own, as many as dimensions.
+  BasicTensor(Void* pointer, DType type, std::initializer_list<std::int64_t> dims,
+              std::initializer_list<std::int64_t> strides, Device where = Device::cpu, int index_of_device = 0);
   // A mutable view passes wherever a read-only one is asked for.
   template <class Other>
   requires(std::is_const_v<Void>&& std::is_same_v<Other, std::remove_const_t<Void>>)

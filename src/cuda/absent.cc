@@ -9,7 +9,9 @@ const char* const kNotBuilt = "this library was built without CUDA (configure wi
 
 }  // namespace
 
-void prepare(Plan::Impl&) { refuse("options.backend", "cuda", std::string("cpu, reference: ") + kNotBuilt); }
+void prepare(Plan::Impl&) {}  // check_device has refused it
+
+void check_device(int) { refuse("options.backend", "cuda", std::string("cpu, reference: ") + kNotBuilt); }
 
 std::string describe_kernels(const Plan::Impl&) { return "cuda"; }
 

@@ -8,7 +8,7 @@
 //
 // In shared memory a row of q, k or v is 2 d bytes; its 16-byte chunk c stands at place c ^ (row % 8), so that the
 // eight rows that ldmatrix reads lie in different banks.
-#include <algorithm>
+#include <numbers>
 
 #include "cuda/attend_portable_rows.cuh"
 #include "cuda/attend_portable_tiles.cuh"
@@ -21,7 +21,6 @@ namespace {
 using namespace portable;
 
 constexpr int kCtasPerSm = 2;
-constexpr float kLog2E = 1.4426950408889634f;
 // Units of at most so many keys are not worth a ticket.
 constexpr int kShortUnitKeys = 128;
 
@@ -32,7 +31,7 @@ __device__ __forceinline__ void separate_nonfinite(WarpRows<T, kDim>& rows, T* v
                                                    int from, int to) {
   constexpr int kWords = kDim / 2;
   const auto word = [v](int i) {
-    const auto place = swizzled(0, 2 * kDim, i / kWords, i % kWords / 4) + i % 4 * 4;
+    const auto place = swizzled(2 * kDim, i / kWords, i % kWords / 4) + i % 4 * 4;
     return reinterpret_cast<std::uint32_t*>(reinterpret_cast<char*>(v) + place);
   };
   int found = 0;
@@ -63,9 +62,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) attend_kernel(const __gr
   const std::uint32_t v = ptx::shared_address(shared.v);
   // What this lane addresses for ldmatrix: 16 rows by 16 columns of q, the same of k with the tiles in another order,
   // and of v.
-  const std::uint32_t q_lane = swizzled(q, kRowBytes, first_row + lane % 16, lane / 16);
-  const std::uint32_t k_lane = swizzled(k, kRowBytes, lane / 16 * 8 + lane % 8, lane / 8 % 2);
-  const std::uint32_t v_lane = swizzled(v, kRowBytes, lane % 16, lane / 16);
+  const std::uint32_t q_lane = q + swizzled(kRowBytes, first_row + lane % 16, lane / 16);
+  const std::uint32_t k_lane = k + swizzled(kRowBytes, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  const std::uint32_t v_lane = v + swizzled(kRowBytes, lane % 16, lane / 16);
   const bool cancel = p.scale_log2e == 0.0f;
   const float c = cancel ? 1.0f : p.scale_log2e;
 
@@ -156,7 +155,9 @@ void attend_portable(const Shape& shape, const AttendInput& input, const UnitLis
                      cudaStream_t stream) {
   if (shape.total_q == 0 || shape.total_k == 0) return;
   const bool tickets = input.rows == nullptr || shape.block_size > kShortUnitKeys;
-  const Problem problem{input, output, units, shape.head_dim, shape.group, shape.scale * kLog2E, tickets};
+  const Problem problem{input,          output,      units,
+                        shape.head_dim, shape.group, static_cast<float>(shape.scale * std::numbers::log2e),
+                        tickets};
   if (shape.dtype == DType::bf16) {
     launch_attend<__nv_bfloat16>(shape, problem, stream);
   } else {

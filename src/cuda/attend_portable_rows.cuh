@@ -2,13 +2,15 @@
 #pragma once
 
 #include <cmath>
+#include <numbers>
 
 #include "cuda/attend_portable_tiles.cuh"
+#include "cuda/lanes.cuh"
+#include "cuda/ptx/math.cuh"
 #include "cuda/ptx/mma.cuh"
 
 namespace moba::cuda::portable {
 
-inline constexpr float kLn2 = 0.6931471805599453f;
 // Exponents beyond it are made from differences of raw scores: the rounding of max * c, a factor on all of the row's
 // weights, would grow too large for f16.
 inline constexpr float kLargeExponent = 4096.0f;
@@ -115,19 +117,20 @@ struct WarpRows {
         float top = maximum[m][h];
 #pragma unroll
         for (int x = 0; x < kTileKeys / 8; ++x) top = fmaxf(top, fmaxf(scores[m][x][2 * h], scores[m][x][2 * h + 1]));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        top = quad_max(top);
         const float base = top == -INFINITY ? 0.0f : top;  // nothing seen yet: weights 0, not NaN
-        factor[m][h] = ptx::exp2_approx((maximum[m][h] - base) * c);
-        changed |= maximum[m][h] != top && maximum[m][h] != -INFINITY;
+        const bool moved = maximum[m][h] != top && maximum[m][h] != -INFINITY;
+        factor[m][h] = moved ? ptx::exp2_approx((maximum[m][h] - base) * c) : 1.0f;
+        changed |= moved;
         maximum[m][h] = top;
         shift[m][h] = base * c;
         large |= fabsf(shift[m][h]) > kLargeExponent;
       }
     }
-    // With the first tile, and often with later ones, there is nothing to bring to another maximum.
-    if (__any_sync(0xffffffffu, changed)) rescale(factor);
-    if (__any_sync(0xffffffffu, large)) subtract_maximum(shift);
+    // With the first tile, and often with later ones, there is nothing to bring to another maximum. The votes only
+    // spare work: what becomes of a row depends on nothing but the row.
+    if (__any_sync(kAllLanes, changed)) rescale(factor);
+    if (__any_sync(kAllLanes, large)) subtract_large(shift);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -156,13 +159,15 @@ struct WarpRows {
     }
   }
 
-  __device__ __forceinline__ void subtract_maximum(float (&shift)[kRowTiles][2]) {
+  // Where the shift is large, it is taken out of the scores themselves.
+  __device__ __forceinline__ void subtract_large(float (&shift)[kRowTiles][2]) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float base = maximum[m][h] == -INFINITY ? 0.0f : maximum[m][h];
-        shift[m][h] = 0.0f;
+        const bool large = fabsf(shift[m][h]) > kLargeExponent;
+        const float base = large ? maximum[m][h] : 0.0f;
+        shift[m][h] = large ? 0.0f : shift[m][h];
 #pragma unroll
         for (int x = 0; x < kTileKeys / 8; ++x) {
           scores[m][x][2 * h] -= base;
@@ -196,7 +201,7 @@ struct WarpRows {
     for (int row = from; row < to; ++row) {
 #pragma unroll
       for (int x = 0; x < kDim / 8; ++x) {
-        const auto place = swizzled(0, kRowBytes, row, x) + 4 * c;
+        const auto place = swizzled(kRowBytes, row, x) + 4 * c;
         const auto pair = *reinterpret_cast<const std::uint32_t*>(reinterpret_cast<const char*>(v) + place);
         if (!has_nonfinite<T>(pair)) continue;
         const float2 values = ptx::unpack<T>(pair);
@@ -220,9 +225,7 @@ struct WarpRows {
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float total = sum[m][h];
-        total += __shfl_xor_sync(0xffffffffu, total, 1);
-        total += __shfl_xor_sync(0xffffffffu, total, 2);
+        const float total = quad_sum(sum[m][h]);
         const bool empty = total == 0.0f;
         const float factor = 1.0f / total;
 #pragma unroll
@@ -291,7 +294,8 @@ struct WarpRows {
       *reinterpret_cast<std::uint32_t*>(to + 8 * x + 2 * c) = ptx::pack<T>(out[m][x][2 * h], out[m][x][2 * h + 1]);
     }
     if (c == 0 && p.output.lse.data != nullptr) {
-      p.output.lse.data[head * p.output.lse.head_stride + token * p.output.lse.token_stride] = lse * kLn2;
+      p.output.lse.data[head * p.output.lse.head_stride + token * p.output.lse.token_stride] =
+          lse * std::numbers::ln2_v<float>;
     }
   }
 };

@@ -9,6 +9,8 @@
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/math.cuh"
+#include "cuda/swizzle.cuh"
+#include "cuda/visible_keys.cuh"
 
 namespace moba::cuda::portable {
 
@@ -35,16 +37,12 @@ struct Tiles {
 
   struct alignas(128) Shared {
     T q[kRows * kDim], k[kTileKeys * kDim], v[kTileKeys * kDim];
-    std::int64_t q_offset[kRows];  // of the next unit's rows, in bytes; -1 for none
+    std::int64_t q_offset[kRows];  // of the next unit's rows, in bytes; 0 behind the last, where any row will do
     int limit[2][kRows];           // keys that a row sees, of this unit and the next
     Unit units[3];                 // this one and those to come; no rows: the end
   };
   static_assert(sizeof(Shared) <= 99 * 1024);
 };
-
-__device__ __forceinline__ std::uint32_t swizzled(std::uint32_t base, int row_bytes, int row, int chunk) {
-  return base + static_cast<std::uint32_t>(row * row_bytes + ((chunk ^ (row & 7)) << 4));
-}
 
 // The address of chunks 2 `pair`, 2 `pair` + 1 of a row, from that of its chunks 0, 1.
 __device__ __forceinline__ std::uint32_t at_pair(std::uint32_t address, int pair) {
@@ -82,7 +80,7 @@ __device__ __forceinline__ void copy_keys(std::uint32_t to, const View<const voi
   const T* from = static_cast<const T*>(view.data) + (begin + share.row) * view.token_stride + head * view.head_stride +
                   share.chunk * 8;
   const std::int64_t step = share.kStep * view.token_stride;
-  const std::uint32_t first = swizzled(to, 2 * kDim, share.row, share.chunk);
+  const std::uint32_t first = to + swizzled(2 * kDim, share.row, share.chunk);
   if (valid >= kTileKeys) {
 #pragma unroll
     for (int i = 0; i < kTileKeys / share.kStep; ++i, from += step) ptx::copy_async(share.at_step(first, i), from);
@@ -94,18 +92,17 @@ __device__ __forceinline__ void copy_keys(std::uint32_t to, const View<const voi
   }
 }
 
-// The rows of a unit, from their offsets in bytes; zeros where the offset is negative.
+// The rows of a unit, from their offsets in bytes.
 template <class T, int kDim, int kRows>
 __device__ __forceinline__ void copy_queries(std::uint32_t to, const void* q, const std::int64_t* offsets,
                                              int head_dim) {
   const Share<kDim> share;
   if (share.chunk * 8 >= head_dim) return;
   const char* data = static_cast<const char*>(q) + share.chunk * 16;
-  const std::uint32_t first = swizzled(to, 2 * kDim, share.row, share.chunk);
+  const std::uint32_t first = to + swizzled(2 * kDim, share.row, share.chunk);
 #pragma unroll
   for (int i = 0; i < kRows / share.kStep; ++i) {
-    const std::int64_t offset = offsets[share.row + i * share.kStep];
-    ptx::copy_async(share.at_step(first, i), data + offset, offset >= 0 ? 16 : 0);
+    ptx::copy_async(share.at_step(first, i), data + offsets[share.row + i * share.kStep]);
   }
 }
 
@@ -168,13 +165,13 @@ class Units {
     const Unit& unit = next();
     const int i = static_cast<int>(threadIdx.x);
     if (i >= kRows || unit.rows == 0) return;
-    std::int64_t offset = -1;
+    std::int64_t offset = 0;
     int limit = unit.keys;
     if (i < unit.rows) {
       const int token = row_ / p_.group;
       const int head = unit.head * p_.group + row_ - token * p_.group;
       offset = 2 * (token * p_.input.q.token_stride + head * p_.input.q.head_stride);
-      if (i < unit.masked) limit = min(unit.keys, max(0, token - unit.first_token + 1));
+      if (i < unit.masked) limit = keys_up_to(unit, token);
     }
     s_.q_offset[i] = offset;
     s_.limit[(turn_ + 1) & 1][i] = limit;

@@ -8,20 +8,13 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/lanes.cuh"
 #include "cuda/ptx/math.cuh"
+#include "cuda/swizzle.cuh"
 
-namespace moba::cuda {
+namespace moba::cuda::resident {
 
-inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kStepsInPiece = 2;  // of P V, 16 keys each, between the exponentials
-
-// An operand in shared memory is made of bands of 64 columns, each [rows, 128 bytes].
-inline constexpr int kBandBytes = 128, kBandColumns = 64;
-
-// Where 16-byte chunk `chunk` of row `row` lies in an operand of `rows` rows.
-__device__ __forceinline__ int swizzled(int row, int chunk, int rows) {
-  return chunk / 8 * rows * kBandBytes + row * kBandBytes + ((chunk % 8) ^ (row % 8)) * 16;
-}
 
 // Rows r and r + 8 of a lane see visible0 and visible1 keys.
 template <int n>
@@ -47,10 +40,7 @@ __device__ __forceinline__ void row_maxima(const float (&s)[n], float& max0, flo
     even0 = fmaxf(even0, s[j]), odd0 = fmaxf(odd0, s[j + 1]);
     even1 = fmaxf(even1, s[j + 2]), odd1 = fmaxf(odd1, s[j + 3]);
   }
-  max0 = fmaxf(even0, odd0), max1 = fmaxf(even1, odd1);
-  max0 = fmaxf(max0, __shfl_xor_sync(kAllLanes, max0, 1)), max1 = fmaxf(max1, __shfl_xor_sync(kAllLanes, max1, 1));
-  max0 = fmaxf(max0, __shfl_xor_sync(kAllLanes, max0, 2)), max1 = fmaxf(max1, __shfl_xor_sync(kAllLanes, max1, 2));
-  max0 = fmaxf(max0, -FLT_MAX), max1 = fmaxf(max1, -FLT_MAX);
+  max0 = fmaxf(quad_max(fmaxf(even0, odd0)), -FLT_MAX), max1 = fmaxf(quad_max(fmaxf(even1, odd1)), -FLT_MAX);
 }
 
 // s -> exp2(factor s - offset) for the scores of the piece from s[begin] on, packed, and added to the sums.
@@ -89,16 +79,20 @@ __device__ __forceinline__ void clear_empty(float (&out)[n], float& sum0, float&
   if (sum1 == 0) sum1 = 1;
 }
 
-// out = weights V over the keys that a row sees, in plain arithmetic: a weight of 0 does not keep a NaN or an infinity
-// behind the causal mask out of the product. V's operand has kRows rows.
+// out = weights V over the first end0 (row r) or end1 (r + 8) keys, in plain arithmetic: a weight of 0 does not keep a
+// NaN or an infinity behind the causal mask out of the product. Where `end` is 0, the lane's part of the row stays as
+// it is; all lanes take part all the same. V's operand has kRows rows.
 template <class T, int d, int kKeys, int kRows>
 __device__ __forceinline__ void multiply_visible(float (&out)[d / 2], const std::uint32_t (&weights)[kKeys / 4],
-                                                 const char* v, int visible0, int visible1) {
+                                                 const char* v, int end0, int end1) {
   std::uint32_t words[kKeys / 4];  // in local memory, to be indexed
 #pragma unroll
   for (int i = 0; i < kKeys / 4; ++i) words[i] = weights[i];
 #pragma unroll
-  for (int i = 0; i < d / 2; ++i) out[i] = 0;
+  for (int i = 0; i < d / 2; i += 4) {
+    if (end0 > 0) out[i] = out[i + 1] = 0;
+    if (end1 > 0) out[i + 2] = out[i + 3] = 0;
+  }
 #pragma unroll 1
   for (int key = 0; key < kKeys; ++key) {
     const int word = key / 8 * 2, lane = (threadIdx.x & 28) + key % 8 / 2;
@@ -107,20 +101,24 @@ __device__ __forceinline__ void multiply_visible(float (&out)[d / 2], const std:
     const float weight0 = key % 2 == 0 ? pair0.x : pair0.y, weight1 = key % 2 == 0 ? pair1.x : pair1.y;
 #pragma unroll
     for (int j = 0; j < d / 8; ++j) {
-      const char* at = v + swizzled(key, j, kRows) + threadIdx.x % 4 * 4;
+      const char* at = v + swizzled_band(kRows, key, j) + threadIdx.x % 4 * 4;
       const float2 value = ptx::unpack<T>(*reinterpret_cast<const std::uint32_t*>(at));
-      if (key < visible0) out[4 * j] += weight0 * value.x, out[4 * j + 1] += weight0 * value.y;
-      if (key < visible1) out[4 * j + 2] += weight1 * value.x, out[4 * j + 3] += weight1 * value.y;
+      if (key < end0) out[4 * j] += weight0 * value.x, out[4 * j + 1] += weight0 * value.y;
+      if (key < end1) out[4 * j + 2] += weight1 * value.x, out[4 * j + 3] += weight1 * value.y;
     }
   }
 }
 
+// Whether the lane's parts of its two rows hold an infinity or a NaN.
 template <int n>
-__device__ __forceinline__ bool any_not_finite(const float (&x)[n]) {
-  float sum = 0;
+__device__ __forceinline__ void find_not_finite(const float (&x)[n], bool& in0, bool& in1) {
+  float sum0 = 0, sum1 = 0;
 #pragma unroll
-  for (int i = 0; i < n; ++i) sum += 0 * x[i];
-  return __any_sync(kAllLanes, sum != 0);
+  for (int j = 0; j < n; j += 4) {
+    sum0 += 0 * x[j], sum0 += 0 * x[j + 1];
+    sum1 += 0 * x[j + 2], sum1 += 0 * x[j + 3];
+  }
+  in0 = sum0 != 0, in1 = sum1 != 0;
 }
 
 // A lane's part of row `half` * 8 + r: the chunks 4m + c, 64 bytes side by side from the four lanes of a row.
@@ -134,4 +132,4 @@ __device__ __forceinline__ void store_row(char* to, const float (&out)[n], float
   }
 }
 
-}  // namespace moba::cuda
+}  // namespace moba::cuda::resident

@@ -8,7 +8,10 @@
 #include <type_traits>
 
 #include "cuda/attend_stream_shared.cuh"
+#include "cuda/lanes.cuh"
 #include "cuda/ptx/copy.cuh"
+#include "cuda/swizzle.cuh"
+#include "cuda/visible_keys.cuh"
 
 namespace moba::cuda::stream {
 
@@ -28,10 +31,10 @@ __device__ void publish_tasks(Control& control, const Arguments& arguments) {
       task = {unit.first,       unit.head,   unit.key_begin, unit.keys, unit.rows,
               unit.first_token, unit.masked, unit.row0,      unit.keys};
       if (unit.masked > 0) {
-        task.common = visible_keys(unit, 0, rows, arguments.group);
+        task.common = visible_keys(unit, 0, rows, arguments.by_group);
         // Rows of lists ascend, so the last one sees most.
         if (unit.masked >= unit.rows && unit.row0 >= 0) {
-          task.keys = max(1, visible_keys(unit, unit.rows - 1, rows, arguments.group));
+          task.keys = max(1, visible_keys(unit, unit.rows - 1, rows, arguments.by_group));
         }
       }
     }
@@ -85,9 +88,7 @@ struct WarpRows {
 
   __device__ explicit WarpRows(int lane) : row(lane / kLanesPerRow), chunk(lane % kLanesPerRow) {}
   __device__ int row_of(int pass) const { return pass * kRowsPerPass + row; }
-  __device__ int offset(int pass) const {
-    return chunk / 8 * kHalfBytes + row_of(pass) * 128 + ((chunk % 8) ^ (row_of(pass) % 8)) * 16;
-  }
+  __device__ int offset(int pass) const { return swizzled_band(128, row_of(pass), chunk); }
 };
 
 // Replaces the non-finite values among what this lane copied to `tile` by 0; true if there were any in the warp's.
@@ -178,7 +179,7 @@ __device__ void gather_queries(std::uint32_t shared, Control& control, const Arg
     for (int i = 0; i < kRows / 32; ++i) {
       const int place = min(i * 32 + lane, task.rows - 1);
       const int row = arguments.input.rows == nullptr ? task.row0 + place : arguments.input.rows[task.first + place];
-      const int token = row / group;
+      const int token = arguments.by_group(row);
       offsets[i] = token * q.token_stride + (task.head * group + row - token * group) * q.head_stride;
     }
     Control::Barriers& barriers = control.queries[n % kQueryStages];

@@ -2,9 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <numbers>
 
 #include "cuda/attend_stream_shared.cuh"
+#include "cuda/lanes.cuh"
 #include "cuda/ptx/math.cuh"
+#include "cuda/visible_keys.cuh"
 
 namespace moba::cuda::stream {
 
@@ -18,32 +21,11 @@ struct RowPair {
 
   __device__ __forceinline__ RowPair(const Task& task, int place, const Arguments& arguments) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) visible[i] = visible_keys(task, place + 8 * i, arguments.input.rows, arguments.group);
+    for (int i = 0; i < 2; ++i)
+      visible[i] = visible_keys(task, place + 8 * i, arguments.input.rows, arguments.by_group);
     common = task.masked > 0 ? __reduce_min_sync(kAllLanes, min(visible[0], visible[1])) : task.keys;
   }
 };
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(kAllLanes, x, 1);
-  return x + __shfl_xor_sync(kAllLanes, x, 2);
-}
-
-// 4x4 transpose over a quad of lanes: word m of lane c becomes word c of lane m.
-__device__ __forceinline__ void quad_transpose(std::uint32_t (&a)[4], int c) {
-  const bool odd = c & 1, high = c & 2;
-  const std::uint32_t x = __shfl_xor_sync(kAllLanes, odd ? a[0] : a[1], 1);
-  const std::uint32_t y = __shfl_xor_sync(kAllLanes, odd ? a[2] : a[3], 1);
-  (odd ? a[0] : a[1]) = x;
-  (odd ? a[2] : a[3]) = y;
-  const std::uint32_t z = __shfl_xor_sync(kAllLanes, high ? a[0] : a[2], 2);
-  const std::uint32_t w = __shfl_xor_sync(kAllLanes, high ? a[1] : a[3], 2);
-  (high ? a[0] : a[2]) = z;
-  (high ? a[1] : a[3]) = w;
-}
 
 // Scores of keys that the row does not see become -inf; c is the lane's place in its quad.
 __device__ __forceinline__ void mask(float (&s)[64], const RowPair& rows, int tile, int c) {
@@ -58,9 +40,10 @@ __device__ __forceinline__ void mask(float (&s)[64], const RowPair& rows, int ti
   }
 }
 
-// s becomes exp2((s - reference) scale), the weights of the tile. The reference follows the maximum only where it grew
-// by a factor of 2^8 (weights stay below that, far from the limits of f16 and float): after the first tile of a unit
-// that is rare. Returns whether the references of the warp changed and earlier sums must be multiplied by `factor`.
+// s becomes exp2((s - reference) scale), the weights of the tile. A row's reference follows its maximum only where that
+// grew by a factor of 2^8 (weights stay below that, far from the limits of f16 and float): after the first tile of a
+// unit that is rare. Returns whether any of the warp's rows did so and earlier sums must be multiplied by `factor`. The
+// votes only spare work: what becomes of a row depends on nothing but the row.
 __device__ __forceinline__ bool softmax(float (&s)[64], RowPair& rows, float scale, float (&factor)[2]) {
   constexpr float kGrowth = 8.0f;
   // Above this reference times scale rounds by 2^-8 and more: the reference is subtracted before it is multiplied.
@@ -74,24 +57,31 @@ __device__ __forceinline__ bool softmax(float (&s)[64], RowPair& rows, float sca
     top[i] = quad_max(fmaxf(even, odd));
     factor[i] = 1.0f;
   }
-  const bool grew = (top[0] - rows.reference[0]) * scale > kGrowth || (top[1] - rows.reference[1]) * scale > kGrowth;
-  const bool changed = __any_sync(kAllLanes, grew);
+  bool grew[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) grew[i] = (top[i] - rows.reference[i]) * scale > kGrowth;
+  const bool changed = __any_sync(kAllLanes, grew[0] || grew[1]);
   float base[2], scaled[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float before = rows.reference[i];
-    if (changed) rows.reference[i] = fmaxf(before, top[i]);
+    if (changed) rows.reference[i] = grew[i] ? top[i] : before;
     base[i] = rows.reference[i] == -kInfinity ? 0.0f : rows.reference[i];  // -inf - -inf would be NaN
     scaled[i] = __fmul_rn(base[i], scale);
     if (changed) {  // rounded as the weights were: not contracted to a multiply-add
       const float step = fabsf(scaled[i]) > kHuge ? (before - base[i]) * scale : __fmul_rn(before, scale) - scaled[i];
-      factor[i] = ptx::exp2_approx(step);
+      factor[i] = grew[i] ? ptx::exp2_approx(step) : 1.0f;
     }
   }
-  if (__any_sync(kAllLanes, fmaxf(fabsf(scaled[0]), fabsf(scaled[1])) > kHuge)) {
+  const bool huge[2] = {fabsf(scaled[0]) > kHuge, fabsf(scaled[1]) > kHuge};
+  if (__any_sync(kAllLanes, huge[0] || huge[1])) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      base[i] = huge[i] ? base[i] : 0.0f;
+      scaled[i] = huge[i] ? 0.0f : scaled[i];
+    }
 #pragma unroll
     for (int j = 0; j < 64; ++j) s[j] -= base[j / 2 % 2];
-    scaled[0] = scaled[1] = 0.0f;
   }
   float sums[4] = {};
 #pragma unroll
@@ -147,7 +137,8 @@ __device__ __forceinline__ void close_rows(const RowPair& rows, const Task& task
     } else if (output.lse.data != nullptr) {
       const int row = task.row0 + at, token = row / arguments.group;
       const int head = task.head * arguments.group + row - token * arguments.group;
-      output.lse.data[head * output.lse.head_stride + token * output.lse.token_stride] = lse * 0.693147180559945f;
+      output.lse.data[head * output.lse.head_stride + token * output.lse.token_stride] =
+          lse * std::numbers::ln2_v<float>;
     }
   }
 }

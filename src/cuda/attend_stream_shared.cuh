@@ -1,10 +1,20 @@
-// What the warps of attend_stream_sm90.cu share: shared memory, barriers, the units at work.
+// What the warps of attend_stream_sm90.cu share: shared memory (Layout), barriers (Control), the units at work (Task).
+//
+//   0          q of unit n in stage n % 2, [128 rows, d] in halves of 64 columns
+//   kKeys      k in kKeyStages tiles [128 keys, d], the same
+//   kValues    v in kValueStages tiles, the same
+//   kControl   Control: barriers and units
+//
+// full: the one warp that fills a stage -> the consumers; empty: each of the 8 consumer warps -> that warp. For a unit
+// (tasks) empty counts the loaders of q, k and v too, which read it as the consumers do.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/contract.h"
+#include "cuda/divide.cuh"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/swizzle.cuh"
 
 namespace moba::cuda::stream {
 
@@ -14,10 +24,9 @@ constexpr int kConsumers = 2;  // warpgroups of 64 rows
 constexpr int kConsumerWarps = 4 * kConsumers;
 constexpr int kThreads = 128 * (kConsumers + 1);
 constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
-constexpr int kHalfBytes = 128 * 128;  // 128 rows or keys of 64 columns
-constexpr int kTasks = 8;              // units known at once
+constexpr int kHalfBytes = kRows * kBandBytes;  // 128 rows or keys of 64 columns
+constexpr int kTasks = 8;                       // units known at once
 constexpr int kQueryStages = 2;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kInfinity = __builtin_huge_valf();
 
 // A unit at work. keys: no more than what the last row sees; common: keys that all rows see; rows = 0: no more units.
@@ -62,6 +71,7 @@ struct Arguments {
   UnitList units;
   AttendOutput output;
   int group;
+  Divide by_group;
   float scale;  // with log2(e) in it, above 0
 };
 
@@ -83,14 +93,6 @@ __device__ __forceinline__ void arrive_if(bool condition, const std::uint64_t& b
 __device__ __forceinline__ const Task& wait_task(const Control& control, int n) {
   wait(control.tasks[n % kTasks].full, n / kTasks & 1);
   return control.tasks_of[n % kTasks];
-}
-
-// Keys of the unit (Unit or Task) that the row `i` of it sees.
-template <class AnyUnit>
-__device__ __forceinline__ int visible_keys(const AnyUnit& unit, int i, const std::int32_t* rows, int group) {
-  if (i >= unit.masked) return unit.keys;
-  const int row = unit.row0 >= 0 ? unit.row0 + i : rows[unit.first + i];
-  return min(unit.keys, max(0, row / group - unit.first_token + 1));
 }
 
 }  // namespace moba::cuda::stream

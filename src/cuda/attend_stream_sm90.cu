@@ -18,12 +18,16 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <cstdint>
+#include <numbers>
 
 #include "cuda/attend_stream_producers.cuh"
 #include "cuda/attend_stream_rows.cuh"
 #include "cuda/attend_stream_shared.cuh"
 #include "cuda/contract.h"
+#include "cuda/divide.cuh"
+#include "cuda/lanes.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/math.cuh"
@@ -63,6 +67,7 @@ __device__ __forceinline__ void issue_output(float (&o)[d / 2], const std::uint3
   }
   ptx::wgmma_commit();
 }
+
 template <class T, int d>
 __device__ void attend_tasks(std::uint32_t shared, Control& control, const Arguments& arguments, int warpgroup) {
   using L = Layout<d>;
@@ -209,10 +214,9 @@ void launch_attend(const Shape& shape, const AttendInput& input, const Arguments
 void attend_stream_sm90(const Shape& shape, const AttendInput& input, const UnitList& units, const AttendOutput& output,
                         cudaStream_t cuda_stream) {
   if (shape.total_q == 0 || shape.total_k == 0) return;
-  // Never 0, for masked scores are -inf and -inf * 0 is NaN; a score times this is 0 for all purposes.
-  constexpr float kSmallestScale = 1e-30f;
-  const float scale = std::max(shape.scale * 1.44269504088896f, kSmallestScale);
-  const stream::Arguments arguments{input, units, output, shape.group, scale};
+  // Never 0, for masked scores are -inf and -inf * 0 is NaN; a score times this is as good as 0.
+  const float scale = std::max(static_cast<float>(shape.scale * std::numbers::log2e), FLT_MIN);
+  const stream::Arguments arguments{input, units, output, shape.group, Divide(shape.group), scale};
   const bool bf16 = shape.dtype == DType::bf16;
   if (shape.head_dim == 128) {
     bf16 ? stream::launch_attend<__nv_bfloat16, 128>(shape, input, arguments, cuda_stream)

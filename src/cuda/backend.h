@@ -12,11 +12,14 @@ namespace moba::cuda {
 
 extern const Steps kSteps;
 
-// Fills in the cuda part of a plan, or refuses it: no CUDA in the build, no driver, no such device, a problem or an
-// option that the kernels do not serve.
+// Refuses options.cuda_device where it cannot be used: no CUDA in the build, no driver, no such device, no kernels for
+// it.
+void check_device(int device);
+
+// Fills in the cuda part of a plan, or refuses it: a problem or an option that the kernels do not serve.
 void prepare(Plan::Impl& plan);
 
-// "cuda sm90 (NVIDIA H200): ..."
+// "cuda (NVIDIA H200): gate sm90, attend resident sm90, 2 passes"
 std::string describe_kernels(const Plan::Impl& plan);
 
 CudaSupport support();

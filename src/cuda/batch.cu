@@ -28,6 +28,11 @@ struct Table {
   }
 };
 
+// Both tables at sequence s. from_zero: no query may lie before the first key.
+__device__ __forceinline__ bool allow(const Table& q, const Table& k, int s, int batch, bool from_zero) {
+  return q.allows(s, batch) && k.allows(s, batch) && (!from_zero || q[s + 1] - q[s] <= k[s + 1] - k[s]);
+}
+
 // Sequence s of a table that is good, its first block not yet known.
 __device__ __forceinline__ DeviceSequence sequence_of(const Table& q, const Table& k, int s, int block_size) {
   const int q_begin = q[s], k_begin = k[s], k_len = k[s + 1] - k_begin;
@@ -51,12 +56,12 @@ __device__ __forceinline__ DeviceBlock block_of(const DeviceSequence* sequences,
 }
 
 // Up to kThreads sequences; a thread a block.
-__global__ void __launch_bounds__(kThreads) list_all(Table q, Table k, int batch, int block_size, int max_blocks,
-                                                     DeviceSequence* sequences, DeviceBlock* blocks) {
+__global__ void __launch_bounds__(kThreads) list_all(Table q, Table k, bool from_zero, int batch, int block_size,
+                                                     int max_blocks, DeviceSequence* sequences, DeviceBlock* blocks) {
   __shared__ int scratch[kScanScratch];
   __shared__ DeviceSequence all[kThreads];
   const int s = static_cast<int>(threadIdx.x);
-  const bool allowed = s >= batch || (q.allows(s, batch) && k.allows(s, batch));
+  const bool allowed = s >= batch || allow(q, k, s, batch, from_zero);
   DeviceSequence sequence{};
   if (s < batch) sequence = sequence_of(q, k, s, block_size);
   if (__syncthreads_and(allowed) == 0) sequence = {};
@@ -73,11 +78,11 @@ __global__ void __launch_bounds__(kThreads) list_all(Table q, Table k, int batch
 
 // One CTA: the blocks of the sequences are numbered by a scan, kThreads sequences at a time.
 __global__ void __launch_bounds__(kThreads)
-    list_sequences(Table q, Table k, int batch, int block_size, DeviceSequence* sequences) {
+    list_sequences(Table q, Table k, bool from_zero, int batch, int block_size, DeviceSequence* sequences) {
   __shared__ int scratch[kScanScratch];
   bool good = true;
   for (int s = static_cast<int>(threadIdx.x); s < batch; s += kThreads) {
-    good = good && q.allows(s, batch) && k.allows(s, batch);
+    good = good && allow(q, k, s, batch, from_zero);
   }
   good = __syncthreads_and(good) != 0;
   int blocks_before = 0;
@@ -101,16 +106,16 @@ __global__ void __launch_bounds__(kBlockThreads)
 }  // namespace
 
 void prepare_batch(const Shape& shape, const std::int32_t* cu_seqlens_q, const std::int32_t* cu_seqlens_k,
-                   std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, DeviceSequence* sequences, DeviceBlock* blocks,
-                   cudaStream_t stream) {
+                   std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, bool from_zero, DeviceSequence* sequences,
+                   DeviceBlock* blocks, cudaStream_t stream) {
   const Table q{cu_seqlens_q, max_seqlen_q, shape.total_q}, k{cu_seqlens_k, max_seqlen_k, shape.total_k};
   if (shape.batch <= kThreads) {
     const int ctas = (shape.max_blocks + kThreads - 1) / kThreads;
-    launch(list_all, dim3(shape.batch > 0 && ctas == 0 ? 1 : ctas), kThreads, 0, stream, q, k, shape.batch,
+    launch(list_all, dim3(shape.batch > 0 && ctas == 0 ? 1 : ctas), kThreads, 0, stream, q, k, from_zero, shape.batch,
            shape.block_size, shape.max_blocks, sequences, blocks);
     return;
   }
-  launch(list_sequences, dim3(1), kThreads, 0, stream, q, k, shape.batch, shape.block_size, sequences);
+  launch(list_sequences, dim3(1), kThreads, 0, stream, q, k, from_zero, shape.batch, shape.block_size, sequences);
   launch(list_blocks, dim3((shape.max_blocks + kBlockThreads - 1) / kBlockThreads), kBlockThreads, 0, stream, sequences,
          shape.batch, shape.block_size, shape.max_blocks, blocks);
 }

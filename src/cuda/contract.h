@@ -137,11 +137,12 @@ struct AttendInput {
 // ---- Setup ----
 
 // batch.cu: sequences and blocks from cu_seqlens (device, i32 [batch + 1]; null: one sequence of all tokens). Tables
-// that are not ascending from 0 to the total, or hold a sequence above the longest allowed, give a batch without keys
-// and without queries, so that nothing out of bounds is touched: every row is then written as NaN by merge and dense.
+// that are not ascending from 0 to the total, or hold a sequence above the longest allowed or (from_zero) one with more
+// queries than keys, give a batch without keys and without queries, so that nothing out of bounds is touched: every row
+// is then written as NaN by merge and dense.
 void prepare_batch(const Shape& shape, const std::int32_t* cu_seqlens_q, const std::int32_t* cu_seqlens_k,
-                   std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, DeviceSequence* sequences, DeviceBlock* blocks,
-                   cudaStream_t stream);
+                   std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, bool from_zero, DeviceSequence* sequences,
+                   DeviceBlock* blocks, cudaStream_t stream);
 
 // ---- The steps ----
 
@@ -188,7 +189,8 @@ void list_units(const Shape&, Slab, Batch, const Index&, int rows_per_unit, cons
 // no key get no unit: dense() writes them by itself.
 void list_dense_units(const Shape&, Batch, int rows_per_unit, const UnitList&, cudaStream_t);
 
-// attend_resident_sm90.cu: B <= 128, d 64 and 128: the unit's keys stay in shared memory. kRowsPerUnit in plan.
+// attend_resident_sm90.cu: B <= 128, d 64 and 128: the unit's keys stay in shared memory; units of any number of rows
+// (rows_per_unit in setup.cc).
 void attend_resident_sm90(const Shape&, const AttendInput&, const UnitList&, const AttendOutput&, cudaStream_t);
 // attend_stream_sm90.cu: any number of keys, d 64 and 128; units of at most 128 rows.
 void attend_stream_sm90(const Shape&, const AttendInput&, const UnitList&, const AttendOutput&, cudaStream_t);
@@ -198,7 +200,7 @@ void attend_portable(const Shape&, const AttendInput&, const UnitList&, const At
 
 // merge.cu: out and lse of the slab's rows from the partials of their ids, added up in the order of the ids. A row
 // without ids or keys: out 0, lse -inf. A row of kInvalidRow, or of a token that lies in no sequence: NaN.
-void merge(const Shape&, Slab, Batch, const Index&, const Partials&, View<void> out, LseView lse, cudaStream_t);
+void merge(const Shape&, Slab, const Index&, const Partials&, View<void> out, LseView lse, cudaStream_t);
 // Rows that list_dense_units left out: 0 and -inf, or NaN for tokens that lie in no sequence.
 void fill_dense_rest(const Shape&, Batch, View<void> out, LseView lse, cudaStream_t);
 // The public merge(): out = sum of exp(lse_i - lse) out_i over `count` partials of the caller's.

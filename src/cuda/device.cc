@@ -63,10 +63,15 @@ std::string unfit(const DeviceLimits& limits) {
 
 CurrentDevice::CurrentDevice(int index) {
   MOBA_CUDA(cudaGetDevice(&before_));
-  if (before_ != index) MOBA_CUDA(cudaSetDevice(index));
+  changed_ = before_ != index;
+  if (changed_) MOBA_CUDA(cudaSetDevice(index));
 }
 
-CurrentDevice::~CurrentDevice() { cudaSetDevice(before_); }
+CurrentDevice::~CurrentDevice() {
+  if (changed_) cudaSetDevice(before_);
+}
+
+void check_device(int device) { device_limits(device); }
 
 DeviceLimits device_limits(int index) {
   std::string problem;
@@ -87,12 +92,18 @@ CudaSupport support() {
   if (cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0) support.driver = version_text(driver);
   const int count = count_devices(support.problem);
   for (int i = 0; i < count; ++i) {
-    const DeviceLimits limits = limits_of(i);
-    const std::string problem = unfit(limits);
-    if (problem.empty()) {
-      support.devices.push_back(
-          {i, limits.name, limits.major, limits.minor, limits.memory, limits.has_sm90() ? "sm90" : "portable"});
-    } else if (support.problem.empty()) {
+    std::string problem;
+    try {
+      const DeviceLimits limits = limits_of(i);
+      problem = unfit(limits);
+      if (problem.empty()) {
+        support.devices.push_back(
+            {i, limits.name, limits.major, limits.minor, limits.memory, limits.has_sm90() ? "sm90" : "portable"});
+      }
+    } catch (const Error& error) {  // taken by somebody else, or broken: the others may be usable
+      problem = error.what();
+    }
+    if (!problem.empty() && support.problem.empty()) {
       support.problem = "device " + std::to_string(i) + " is " + problem;
     }
   }

@@ -35,6 +35,7 @@ class CurrentDevice {
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 // probe.cu: whether this library holds kernels that the current device can run.

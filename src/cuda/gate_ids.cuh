@@ -11,6 +11,7 @@
 #include "cuda/gate_items.cuh"
 #include "cuda/gate_list.cuh"
 #include "cuda/gate_select.cuh"
+#include "cuda/lanes.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/shared.cuh"
@@ -57,16 +58,16 @@ __device__ __forceinline__ void fill_up(const Arguments& a, const Item& item, in
   __syncwarp();
   for (unsigned left = short_rows; left != 0; left &= left - 1) {
     const int even = __ffs(left) - 1;  // the even lane of the row
-    const std::uint32_t list = __shfl_sync(~0u, pair.entry0, even);
-    const int low = __shfl_sync(~0u, limits.low, even), high = __shfl_sync(~0u, limits.high, even);
+    const std::uint32_t list = __shfl_sync(kAllLanes, pair.entry0, even);
+    const int low = __shfl_sync(kAllLanes, limits.low, even), high = __shfl_sync(kAllLanes, limits.high, even);
     const int row = row0 + even / 2, token = a.by_group(row);
     const int q_head = head * a.shape.group + row - token * a.shape.group;
     const auto* q = static_cast<const std::uint16_t*>(a.q.data) + (a.slab.token_begin + token) * a.q.token_stride +
                     q_head * a.q.head_stride;
     bool nan_in_q = false;  // then every score is NaN
     for (int i = lane; i < C::kDim; i += 32) nan_in_q |= is_nan(q[i], bf16);
-    nan_in_q = __any_sync(~0u, nan_in_q);
-    int count = __shfl_sync(~0u, choice.count, even);
+    nan_in_q = __any_sync(kAllLanes, nan_in_q);
+    int count = __shfl_sync(kAllLanes, choice.count, even);
     for (int nan = nan_in_q ? 1 : 0; nan < 2; ++nan) {
       for (int end = high; end > low && count < a.choose; end -= 32) {
         const int block = end - 1 - lane;
@@ -77,7 +78,7 @@ __device__ __forceinline__ void fill_up(const Arguments& a, const Item& item, in
                                  block * a.centroids.token_stride + head * a.centroids.head_stride;
           open = (nan_in_q || scores_nan<C::kDim>(q, centroid, bf16)) == (nan == 1);
         }
-        const unsigned found = __ballot_sync(~0u, open);
+        const unsigned found = __ballot_sync(kAllLanes, open);
         const int place = count + __popc(found & ptx::lane_mask_below());
         if (open && place < a.choose) {
           ptx::store_shared(list + place * kEntryStride, static_cast<std::uint32_t>(block));
@@ -144,11 +145,12 @@ __device__ __forceinline__ void finish(const Arguments& a, const Item& item, int
   if (scored) {
     __syncwarp();
     const int quad = (row & 7) * 4;
-    const int entries0 = __shfl_sync(~0u, rows.entries[0], quad), entries1 = __shfl_sync(~0u, rows.entries[1], quad);
-    const float bar0 = __shfl_sync(~0u, rows.bar[0], quad), bar1 = __shfl_sync(~0u, rows.bar[1], quad);
+    const int entries0 = __shfl_sync(kAllLanes, rows.entries[0], quad),
+              entries1 = __shfl_sync(kAllLanes, rows.entries[1], quad);
+    const float bar0 = __shfl_sync(kAllLanes, rows.bar[0], quad), bar1 = __shfl_sync(kAllLanes, rows.bar[1], quad);
     const Picked picked = pick<C::kRoom, C::kLowestRank, C::kHighestRank, true>(
         pair, row < 8 ? entries0 : entries1, fmaxf(row < 8 ? bar0 : bar1, -FLT_MAX), rank);
-    const int other = __shfl_xor_sync(~0u, picked.count, 1), even = pair.odd ? other : picked.count;
+    const int other = __shfl_xor_sync(kAllLanes, picked.count, 1), even = pair.odd ? other : picked.count;
     choice.count = picked.count + other;
     load_picked(pair, picked, even, begin, choice.block);
 #pragma unroll
@@ -163,7 +165,7 @@ __device__ __forceinline__ void finish(const Arguments& a, const Item& item, int
 #pragma unroll
     for (int e = 0; e < kHalfRoom; ++e) choice.block[e] = begin + e < all ? limits.low + begin + e : INT_MAX;
   }
-  const unsigned short_rows = __ballot_sync(~0u, !pair.odd && choice.count < all && !is_past(a, row0 + row));
+  const unsigned short_rows = __ballot_sync(kAllLanes, !pair.odd && choice.count < all && !is_past(a, row0 + row));
   if (short_rows != 0) fill_up<C>(a, item, row0, limits, pair, choice, short_rows);
   write_ids<C>(a, item, row0 + row, limits, pair.odd, choice);
 }

@@ -6,7 +6,9 @@
 
 #include "cuda/batch.cuh"
 #include "cuda/contract.h"
+#include "cuda/divide.cuh"
 #include "cuda/gate_list.cuh"
+#include "cuda/lanes.cuh"
 #include "cuda/ptx/shared.cuh"
 
 namespace moba::cuda::gating {
@@ -33,19 +35,6 @@ struct Config {
   static constexpr int kBarriers = kSpans + 2 * kConsumers * 8;
   static constexpr int kSharedBytes = kBarriers + (2 * kStages + 2 * kConsumers) * 8;
   static_assert(highest_rank <= room && room + 16 <= kEntries && kEntries % 8 == 0 && kSharedBytes <= 232448);
-};
-
-// x / divisor for 0 <= x < 2^31 by one multiplication.
-struct Divide {
-  std::uint32_t multiplier;
-  int shift, divisor;
-  explicit Divide(int by) : shift(31), divisor(by) {
-    while ((std::int64_t{1} << (shift - 31)) < by) ++shift;
-    multiplier = static_cast<std::uint32_t>(((std::uint64_t{1} << shift) + by - 1) / by);
-  }
-  __device__ __forceinline__ int operator()(int x) const {
-    return static_cast<int>((static_cast<std::uint64_t>(static_cast<std::uint32_t>(x)) * multiplier) >> shift);
-  }
 };
 
 struct Arguments {
@@ -113,7 +102,7 @@ template <class C>
 __device__ __forceinline__ Span span_of(const Arguments& a, const Item& item) {
   const bool last = threadIdx.x & 1;
   const Limits limits = limits_of(a, a.by_group(clamp_row(a, item.row, last ? C::kRows - 1 : 0)));
-  const int low = __shfl_sync(~0u, limits.low, 0), high = __shfl_sync(~0u, limits.high, 1);
+  const int low = __shfl_sync(kAllLanes, limits.low, 0), high = __shfl_sync(kAllLanes, limits.high, 1);
   const bool all = a.choose == 0 || high - low <= a.choose;
   return {all ? high : low, high};
 }
@@ -121,7 +110,7 @@ __device__ __forceinline__ Span span_of(const Arguments& a, const Item& item) {
 __device__ __forceinline__ bool is_half(const Span& span, int first) { return first + kColumns / 2 <= span.low; }
 
 // x, which is the same in all lanes; the compiler then knows it and keeps the warp converged.
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
 
 // Shared memory of the thread block, by address.
 template <class C>

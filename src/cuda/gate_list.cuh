@@ -10,6 +10,7 @@
 #include <climits>
 #include <cstdint>
 
+#include "cuda/lanes.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/sorting_network.cuh"
 
@@ -60,7 +61,7 @@ struct SingleWriter {
 // counts those of the row. Returns how many singles the lane has got.
 __device__ __forceinline__ int split_entries(const PairLane& lane, int entries, float bar) {
   constexpr int kBatch = 4;  // loads in flight; lists have room for a multiple of 2 kBatch entries
-  const int longest = (__reduce_max_sync(~0u, entries) + 1) >> 1;
+  const int longest = (__reduce_max_sync(kAllLanes, entries) + 1) >> 1;
   SingleWriter singles(lane);
   for (int i = 0; i < longest; i += kBatch) {
     float x[kBatch], y[kBatch];
@@ -93,9 +94,9 @@ __device__ __forceinline__ int drop_tied(const PairLane& lane, int count, int ro
     lane.load(i, score, block);
     above += score > least;
   }
-  above += __shfl_xor_sync(~0u, above, 1);
+  above += __shfl_xor_sync(kAllLanes, above, 1);
   const int needed = row_count > rank ? rank - above : 0;
-  const int rounds = __reduce_max_sync(~0u, needed);
+  const int rounds = __reduce_max_sync(kAllLanes, needed);
   int oldest = -1, below = INT_MAX;  // the oldest block picked of those that equal `least`
   for (int round = 0; round < rounds; ++round) {
     int next = -1;
@@ -105,7 +106,7 @@ __device__ __forceinline__ int drop_tied(const PairLane& lane, int count, int ro
       lane.load(i, score, block);
       if (score == least && block < below) next = max(next, block);
     }
-    below = max(next, __shfl_xor_sync(~0u, next, 1));
+    below = max(next, __shfl_xor_sync(kAllLanes, next, 1));
     if (round < needed) oldest = below;
   }
   int kept = 0;
@@ -126,7 +127,7 @@ __device__ __forceinline__ int drop_tied(const PairLane& lane, int count, int ro
 // leave such to 2 warps in 5 at rank 7 of 8). No branches but for those and for ties: stores are predicated.
 template <int room, int lowest_rank, int highest_rank, bool spread>
 __device__ __forceinline__ Picked pick(const PairLane& lane, int entries, float bar, int rank) {
-  const int singles = split_entries(lane, entries, bar), longest = __reduce_max_sync(~0u, singles);
+  const int singles = split_entries(lane, entries, bar), longest = __reduce_max_sync(kAllLanes, singles);
   float score[room], best[room];
   int block[room];
 #pragma unroll
@@ -173,8 +174,8 @@ __device__ __forceinline__ Picked pick(const PairLane& lane, int entries, float 
   } else {
     keep_singles();
   }
-  const int row_count = picked.count + __shfl_xor_sync(~0u, picked.count, 1);
-  if (__any_sync(~0u, row_count > rank)) {
+  const int row_count = picked.count + __shfl_xor_sync(kAllLanes, picked.count, 1);
+  if (__any_sync(kAllLanes, row_count > rank)) {
     if (picked.spread) keep_singles();
     picked.spread = false;
     picked.count = drop_tied(lane, picked.count, row_count, least, rank);
@@ -209,7 +210,7 @@ __device__ __forceinline__ void load_picked(const PairLane& lane, const Picked& 
 template <int room, int lowest_rank, int highest_rank>
 __device__ __forceinline__ Picked compact(const PairLane& lane, int entries, float bar, int rank) {
   const Picked picked = pick<room, lowest_rank, highest_rank, false>(lane, entries, bar, rank);
-  const int other = __shfl_xor_sync(~0u, picked.count, 1);
+  const int other = __shfl_xor_sync(kAllLanes, picked.count, 1);
   const int even = lane.odd ? other : picked.count, count = picked.count + other;
   float score[room / 2];
   int block[room / 2];

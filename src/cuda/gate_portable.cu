@@ -14,10 +14,12 @@
 
 #include "cuda/batch.cuh"
 #include "cuda/contract.h"
+#include "cuda/lanes.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/swizzle.cuh"
 
 namespace moba::cuda {
 namespace {
@@ -58,10 +60,6 @@ struct Layout {
     bytes = low + warps * 8;
   }
 };
-
-__device__ __forceinline__ std::uint32_t swizzled(int row, int chunk) {
-  return static_cast<std::uint32_t>(row * 128 + ((chunk ^ (row & 7)) << 4));
-}
 
 // Greater for what is to be chosen first; 0 is no block. NaN lies below -inf, -0 equals +0.
 __device__ __forceinline__ std::uint64_t key_of(float score, int block) {
@@ -183,7 +181,7 @@ __device__ void copy_queries(const Problem& p, std::uint32_t to, std::int64_t fi
     const std::int64_t offset = (p.slab.token_begin + token) * p.q.token_stride + head * p.q.head_stride;
     for (int column = chunk * 8; column < p.shape.head_dim; column += kPieceColumns) {
       const std::uint32_t piece = to + static_cast<std::uint32_t>(column / kPieceColumns * threads * 128);
-      ptx::copy_async(piece + swizzled(row, chunk), there ? data + offset + column : data, there ? 16 : 0);
+      ptx::copy_async(piece + swizzled(kBandBytes, row, chunk), there ? data + offset + column : data, there ? 16 : 0);
     }
   }
 }
@@ -199,8 +197,8 @@ __device__ __forceinline__ void copy_piece(const Problem& p, std::uint32_t to, i
   for (int row = static_cast<int>(threadIdx.x) / 8; row < kTileBlocks; row += static_cast<int>(blockDim.x) / 8) {
     const int block = tile * kTileBlocks + row;
     const bool there = block < p.shape.max_blocks;
-    ptx::copy_async(to + swizzled(row, chunk), there ? data + block * p.centroids.token_stride + offset : data,
-                    there ? 16 : 0);
+    ptx::copy_async(to + swizzled(kBandBytes, row, chunk),
+                    there ? data + block * p.centroids.token_stride + offset : data, there ? 16 : 0);
   }
 }
 
@@ -240,7 +238,7 @@ __device__ __forceinline__ void offer_scores(List& list, const Scores& scores, f
     const int low = min(max(candidates.low - begin, 0), kGroupBlocks);
     const int high = min(max(candidates.high - begin, 0), kGroupBlocks);
     const std::uint32_t allowed = low < high ? (1u << high) - (1u << low) : 0;
-    if (!__any_sync(0xffffffffu, allowed != 0)) continue;
+    if (!__any_sync(kAllLanes, allowed != 0)) continue;
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < kWarpRows / 16; ++m) {
@@ -276,10 +274,10 @@ __device__ void write_ids(const Problem& p, const std::uint64_t* keys, const Row
   for (int j = 0; j < slots; ++j) {
     const int from = (32 * j + lane) / slots;  // the lane that knows the row
     const int slot = 32 * j + lane - from * slots;
-    const int chosen = __shfl_sync(0xffffffffu, count, from);
-    const int last = __shfl_sync(0xffffffffu, own, from);
-    const int block_begin = __shfl_sync(0xffffffffu, row.candidates.block_begin, from);
-    const long long ids = __shfl_sync(0xffffffffu, static_cast<long long>(row.ids), from);
+    const int chosen = __shfl_sync(kAllLanes, count, from);
+    const int last = __shfl_sync(kAllLanes, own, from);
+    const int block_begin = __shfl_sync(kAllLanes, row.candidates.block_begin, from);
+    const long long ids = __shfl_sync(kAllLanes, static_cast<long long>(row.ids), from);
     if (ids < 0) continue;
     int id = slot == chosen ? last : -1;
     if (slot < chosen) id = static_cast<int>(keys[slot * kWarpRows + from] >> 32) - block_begin;
@@ -306,8 +304,8 @@ __global__ void __launch_bounds__(128, 3) gate_kernel(const __grid_constant__ Pr
   Candidates candidates = row.candidates;
   if (p.wanted == 0) candidates.high = candidates.low;
   const bool any = candidates.low < candidates.high;
-  const int warp_low = __reduce_min_sync(0xffffffffu, any ? candidates.low : INT_MAX);
-  const int warp_high = __reduce_max_sync(0xffffffffu, any ? candidates.high : 0);
+  const int warp_low = __reduce_min_sync(kAllLanes, any ? candidates.low : INT_MAX);
+  const int warp_high = __reduce_max_sync(kAllLanes, any ? candidates.high : 0);
   if (lane == 0) {
     ranges[2 * warp] = warp_low;
     ranges[2 * warp + 1] = warp_high;
@@ -334,8 +332,8 @@ __global__ void __launch_bounds__(128, 3) gate_kernel(const __grid_constant__ Pr
         --copy_tile;
       }
     };
-    const std::uint32_t q_lane = q + swizzled(warp * kWarpRows + lane % 16, lane / 16);
-    const std::uint32_t c_lane = ring + swizzled(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const std::uint32_t q_lane = q + swizzled(kBandBytes, warp * kWarpRows + lane % 16, lane / 16);
+    const std::uint32_t c_lane = ring + swizzled(kBandBytes, lane / 16 * 8 + lane % 8, lane / 8 % 2);
     int stage = 0;
     copy_queries<T>(p, q, first_row);
     copy_next();

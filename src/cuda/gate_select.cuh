@@ -8,6 +8,7 @@
 
 #include "cuda/gate_items.cuh"
 #include "cuda/gate_list.cuh"
+#include "cuda/lanes.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/sorting_network.cuh"
 
@@ -24,9 +25,9 @@ struct Rows {
 };
 
 // A sum over the quad, and the sum over its lanes below this one. Both halves of the word are sums of their own.
-__device__ __forceinline__ std::uint32_t quad_sum(std::uint32_t x, std::uint32_t& below) {
-  const std::uint32_t neighbour = __shfl_xor_sync(~0u, x, 1), two = x + neighbour;
-  const std::uint32_t other_two = __shfl_xor_sync(~0u, two, 2);
+__device__ __forceinline__ std::uint32_t quad_prefix_sum(std::uint32_t x, std::uint32_t& below) {
+  const std::uint32_t neighbour = __shfl_xor_sync(kAllLanes, x, 1), two = x + neighbour;
+  const std::uint32_t other_two = __shfl_xor_sync(kAllLanes, two, 2);
   below = (threadIdx.x & 1 ? neighbour : 0) + (threadIdx.x & 2 ? other_two : 0);
   return two + other_two;
 }
@@ -53,7 +54,7 @@ __device__ __forceinline__ void raise_bars(Rows<C>& rows, int rank) {
 #pragma unroll
   for (int g = 0; g < n; ++g) {
     both[g] = mine[g];
-    both[2 * n - 1 - g] = __shfl_xor_sync(~0u, mine[g], 1);
+    both[2 * n - 1 - g] = __shfl_xor_sync(kAllLanes, mine[g], 1);
   }
   sort_bitonic<LargestFirstPairs>(both);
   const __nv_bfloat162 bound = ranked_of_two_lanes<LargestFirstPairs, C::kLowestRank, C::kHighestRank>(both, 2, rank);
@@ -112,21 +113,22 @@ __device__ __forceinline__ void append_slowly(float (&scores)[64 - 4 * begin], R
         if (fmaxf(x[j], x[j + 1]) > rows.bar[0]) count += 1;
         if (fmaxf(x[j + 2], x[j + 3]) > rows.bar[1]) count += 0x10000;
       }
-      total = quad_sum(count, below);
+      total = quad_prefix_sum(count, below);
       const bool full =
           rows.entries[0] + (total & 0xffff) > C::kEntries || rows.entries[1] + (total >> 16) > C::kEntries;
-      if (!__any_sync(~0u, full)) break;
+      if (!__any_sync(kAllLanes, full)) break;
       __syncwarp();
       const int row = lane >> 1, quad = (row & 7) * 4;
-      const int entries0 = __shfl_sync(~0u, rows.entries[0], quad), entries1 = __shfl_sync(~0u, rows.entries[1], quad);
-      const float bar0 = __shfl_sync(~0u, rows.bar[0], quad), bar1 = __shfl_sync(~0u, rows.bar[1], quad);
+      const int entries0 = __shfl_sync(kAllLanes, rows.entries[0], quad),
+                entries1 = __shfl_sync(kAllLanes, rows.entries[1], quad);
+      const float bar0 = __shfl_sync(kAllLanes, rows.bar[0], quad), bar1 = __shfl_sync(kAllLanes, rows.bar[1], quad);
       const Picked picked = compact<C::kRoom, C::kLowestRank, C::kHighestRank>(
           pair, row < 8 ? entries0 : entries1, fmaxf(row < 8 ? bar0 : bar1, -FLT_MAX), rank);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int picker = 2 * (lane >> 2) + 16 * r;
-        const float least = __shfl_sync(~0u, picked.least, picker);
-        rows.entries[r] = __shfl_sync(~0u, picked.count, picker);
+        const float least = __shfl_sync(kAllLanes, picked.least, picker);
+        rows.entries[r] = __shfl_sync(kAllLanes, picked.count, picker);
         if (rows.entries[r] == rank) rows.bar[r] = fmaxf(rows.bar[r], least);
       }
     }
@@ -179,9 +181,9 @@ __device__ __forceinline__ void select(float (&scores)[64 - 4 * begin], Rows<C>&
   }
   const std::uint32_t early0 = __popc(signs0[0]), early1 = __popc(signs1[0]);
   std::uint32_t below;
-  const std::uint32_t total = quad_sum(early0 + __popc(signs0[1]) + ((early1 + __popc(signs1[1])) << 16), below);
+  const std::uint32_t total = quad_prefix_sum(early0 + __popc(signs0[1]) + ((early1 + __popc(signs1[1])) << 16), below);
   const bool full = rows.entries[0] + (total & 0xffff) > C::kEntries || rows.entries[1] + (total >> 16) > C::kEntries;
-  if (__any_sync(~0u, full)) {
+  if (__any_sync(kAllLanes, full)) {
     append_slowly<C, begin>(scores, rows, pair, rank, first_block);
     return;
   }

@@ -15,9 +15,9 @@
 //   2. The bar: the maximum of rank k among the groups is a lower bound of the k-th best score. By a network on
 //      bfloat16 pairs, both rows of a lane at once; rounded down, the bound holds.
 //   3. Scores above the bar are appended to the row's list in shared memory, in pairs of columns: counted, prefix sum
-//      over the quad, stored. Because the maxima run, few pass. Simulated, random scores: 8 pairs of the first tile for
-//      rank 7, 8 / t of tile t (17 for rank 15). Hence the exact rank: a bar of rank 16 where 15 would do overflows a
-//      list of 2 warps in 3 within eight tiles, not of 1 in 11.
+//      over the quad, stored. Because the maxima run, few pass. Computed for random scores: 8 pairs of the first tile
+//      for rank 7, 8 / t of tile t (17 for rank 15). Hence the exact rank: a bar of rank 16 where 15 would do overflows
+//      a list of 2 warps in 3 within eight tiles, not of 1 in 11.
 //   4. At the end of the row, or where a list would overflow: the exact pick (gate_list.cuh, gate_ids.cuh).
 // Newest first, so that an equal score found later loses. Bars are strict (append what is greater), which keeps NaN,
 // -inf and masked columns out of the lists without a test; a row whose list then holds too few is filled up by a slow
@@ -35,11 +35,13 @@
 #include "cuda/gate_items.cuh"
 #include "cuda/gate_list.cuh"
 #include "cuda/gate_select.cuh"
+#include "cuda/lanes.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/swizzle.cuh"
 #include "cuda/tensor_map.h"
 
 namespace moba::cuda {
@@ -112,9 +114,8 @@ __device__ __forceinline__ void load_queries(const Arguments& a, const CUtensorM
 #pragma unroll 2
         for (int r = 0; r < 32; r += kRowsAtOnce) {
           const int row = half * 32 + r + lane / kChunks;
-          const std::int64_t from = __shfl_sync(~0u, offset[half], r + lane / kChunks);
-          const std::uint32_t place = (chunk / 8) * (64 * 128) + row * 128 + ((chunk % 8) ^ (row % 8)) * 16;
-          ptx::copy_async(shared.queries(consumer) + place, q + from + chunk * 8);
+          const std::int64_t from = __shfl_sync(kAllLanes, offset[half], r + lane / kChunks);
+          ptx::copy_async(shared.queries(consumer) + swizzled_band(64, row, chunk), q + from + chunk * 8);
         }
       }
     }
@@ -284,8 +285,8 @@ void gate_sm90(const Shape& shape, Slab slab, Batch batch, View<const void> q, V
       .centroids = centroids,
       .ids = ids,
       .counts = counts,
-      .by_group = gating::Divide(shape.group),
-      .by_heads = gating::Divide(slab.heads),
+      .by_group = Divide(shape.group),
+      .by_heads = Divide(slab.heads),
       .rows = slab.tokens * shape.group,
       .choose = shape.causal ? shape.slots - 1 : shape.slots,
       .ids_by_four = ids_by_four,

@@ -10,7 +10,9 @@
 #include <algorithm>
 
 #include "cuda/contract.h"
+#include "cuda/divide.cuh"
 #include "cuda/index_place.cuh"
+#include "cuda/lanes.cuh"
 #include "cuda/launch.h"
 #include "cuda/row_ids.cuh"
 #include "cuda/scan.cuh"
@@ -118,7 +120,7 @@ __device__ void scan_lists(const std::int32_t* sums, std::int64_t lists, std::in
     }
     std::int64_t all;
     const std::int64_t warps_before = scan_block(lane == 0 ? of_warp : 0, scan_scratch, &all);
-    const std::int64_t before = base + __shfl_sync(~0u, warps_before, 0);
+    const std::int64_t before = base + __shfl_sync(kAllLanes, warps_before, 0);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       if (mine + i * 32 < lists) offsets[mine + i * 32] = before + sum[i];
@@ -189,8 +191,8 @@ __global__ void __launch_bounds__(1024)
 }
 
 Sizes sizes_of(const Shape& shape, const Slab& slab) {
-  const int rows = slab.tokens * shape.group, tiles = std::max(1, (rows + kTile - 1) / kTile);
-  const int segments = (shape.max_blocks + kSegment - 1) / kSegment;
+  const int rows = slab.tokens * shape.group, tiles = std::max(1, divide_up(rows, kTile));
+  const int segments = divide_up(shape.max_blocks, kSegment);
   if (segments > kMaxSegments)
     throw Error("block_size: gives more than 2097152 blocks, the most that index on CUDA takes");
   return {slab.token_begin, shape.group, shape.slots, rows, tiles, shape.max_blocks, segments, shape.batch};
@@ -256,7 +258,7 @@ void index(const Shape& shape, Slab slab, Batch batch, IdsView<const std::int32_
       static_cast<std::size_t>(sizes.segments);
   launch(count_ids, dim3(sizes.tiles, slab.heads), kCountThreads, count_bytes, stream, sizes, batch, ids, counts,
          parts);
-  launch(scan_tiles, dim3(std::max(1, (sizes.max_blocks + 31) / 32), slab.heads), 1024, 0, stream, sizes, parts,
+  launch(scan_tiles, dim3(std::max(1, divide_up(sizes.max_blocks, 32)), slab.heads), 1024, 0, stream, sizes, parts,
          offsets_begin, index.offsets);
   // Each window costs barriers and a look at every id: many blocks want wide ones, at one CTA an SM.
   const auto place = sizes.slots > 16                             ? launch_place_rows<8, 1024, false>

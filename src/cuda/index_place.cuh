@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/contract.h"
+#include "cuda/lanes.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/row_ids.cuh"
 #include "cuda/scan.cuh"
@@ -45,9 +46,9 @@ struct PlaceMemory {
 // Sets bit `lane` for the block of each lane with one, window begin .. end. Where all lanes name the same block (the
 // own block, a sink) one store does it: atomics on one word would go one by one.
 __device__ __forceinline__ void mark_rows(std::uint32_t* bits_of_warp, int block, int begin, int end, int lane) {
-  const int of_first = __shfl_sync(~0u, block, 0);
+  const int of_first = __shfl_sync(kAllLanes, block, 0);
   const bool inside = block >= begin && block < end;
-  if (__all_sync(~0u, block == of_first)) {
+  if (__all_sync(kAllLanes, block == of_first)) {
     if (inside && lane == 0) bits_of_warp[block - begin] = ~0u;
   } else if (inside) {
     atomicOr(&bits_of_warp[block - begin], 1u << lane);

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <source_location>
 #include <string>
 
 #include "moba/error.h"
@@ -21,17 +22,33 @@ namespace moba::cuda {
   } while (0)
 
 #ifdef __CUDACC__  // host files use the rest
-// Launches kernel<<<grid, threads, shared_bytes, stream>>>(arguments...).
+// The grid of a launch, and where in the source it was asked for.
+struct Grid {
+  dim3 size;
+  std::source_location at;
+
+  Grid(dim3 grid, std::source_location where = std::source_location::current()) : size(grid), at(where) {}
+};
+
+// Launches kernel<<<grid, threads, shared_bytes, stream>>>(arguments...). What fails is told by what the launch itself
+// returns: cudaGetLastError() would also give errors that the caller left behind.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, int threads, std::size_t shared_bytes, cudaStream_t stream,
+void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, std::size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (grid.size.x == 0 || grid.size.y == 0 || grid.size.z == 0) return;
+  const auto check = [&](cudaError_t error, const char* what) {
+    if (error != cudaSuccess) fail(error, what, grid.at.file_name(), static_cast<int>(grid.at.line()));
+  };
   if (shared_bytes > 48 * 1024) {
-    MOBA_CUDA(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          "cudaFuncSetAttribute");
   }
-  kernel<<<grid, static_cast<unsigned>(threads), shared_bytes, stream>>>(arguments...);
-  MOBA_CUDA(cudaGetLastError());
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid.size;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), grid.at.function_name());
 }
 #endif
 

@@ -1,9 +1,12 @@
 // Rows of out [Tq, Hq, d] from partial results: merge() through the positions of the slab's index, merge_partials()
 // from the caller's tensors; fill_dense_rest() writes the rows that dense attention has no unit for.
 #include <cmath>
+#include <numbers>
 
 #include "cuda/batch.cuh"
 #include "cuda/contract.h"
+#include "cuda/divide.cuh"
+#include "cuda/lanes.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/math.cuh"
 
@@ -12,9 +15,8 @@ namespace moba::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLoads = 8;  // partial rows in flight a lane: 3.9 TB/s at 8 slots, 4.1 at 16, on an H200
-constexpr float kLn2 = 0.693147180559945f;
-constexpr float kNoWeight = -1.0f;              // of a partial that is not there: its out says nothing
+constexpr int kLoads = 8;           // partial rows in flight a lane: 3.9 TB/s at 8 slots, 4.1 at 16, on an H200
+constexpr float kNoWeight = -1.0f;  // of a partial that is not there: its out says nothing
 constexpr std::uint32_t kNanPair = 0x7fff7fff;  // two NaN, f16 or bf16
 
 __device__ __forceinline__ uint4 splat(std::uint32_t word) { return make_uint4(word, word, word, word); }
@@ -28,19 +30,6 @@ __device__ __forceinline__ void add_weighted(float (&sum)[8], float weight, cons
     sum[2 * i] += weight * pair.x;
     sum[2 * i + 1] += weight * pair.y;
   }
-}
-
-// 4x4 transpose over a quad of lanes: lane c gives word m to lane m as that lane's word c.
-__device__ __forceinline__ void transpose_quad(std::uint32_t (&words)[4], int lane) {
-  const bool odd = (lane & 1) != 0, upper = (lane & 2) != 0;
-  std::uint32_t x = __shfl_xor_sync(~0u, odd ? words[0] : words[1], 1);
-  std::uint32_t y = __shfl_xor_sync(~0u, odd ? words[2] : words[3], 1);
-  words[odd ? 0 : 1] = x;
-  words[odd ? 2 : 3] = y;
-  x = __shfl_xor_sync(~0u, upper ? words[0] : words[2], 2);
-  y = __shfl_xor_sync(~0u, upper ? words[1] : words[3], 2);
-  words[upper ? 0 : 2] = x;
-  words[upper ? 1 : 3] = y;
 }
 
 struct Rows {
@@ -68,11 +57,11 @@ __global__ void __launch_bounds__(kThreads, kOnce ? 5 : 4)
   const auto position_of = [&](int slot) { return is_row && slot < slots ? __ldcs(positions + slot) : -1; };
   const auto lse_of = [&](int position) { return position >= 0 ? __ldg(lse_of_head + position) : -INFINITY; };
   int position = position_of(lane % kLoads);
-  const bool invalid = __shfl_sync(~0u, position, 0, kGroup) == kInvalidRow;
+  const bool invalid = __shfl_sync(kAllLanes, position, 0, kGroup) == kInvalidRow;
   float slot_lse = lse_of(position), highest = slot_lse;
   const auto highest_of_group = [](float value) {
 #pragma unroll
-    for (int step = 1; step < kLoads; step *= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
+    for (int step = 1; step < kLoads; step *= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
     return value;
   };
   if constexpr (!kOnce) {
@@ -91,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kOnce ? 5 : 4)
     uint4 chunk[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int entry = __shfl_sync(~0u, position, i, kGroup);
+      const int entry = __shfl_sync(kAllLanes, position, i, kGroup);
       chunk[i] = entry >= 0 && has_chunk ? __ldcs(out_of_head + static_cast<std::int64_t>(entry) * (rows.head_dim / 8))
                                          : splat(0);
     }
@@ -99,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kOnce ? 5 : 4)
     const float mine = slot_lse == -INFINITY ? kNoWeight : ptx::exp2_approx(slot_lse - highest);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const float weight = __shfl_sync(~0u, mine, i, kGroup);
+      const float weight = __shfl_sync(kAllLanes, mine, i, kGroup);
       if (weight != kNoWeight) {
         add_weighted<T>(sum, weight, chunk[i]);
         weights += weight;
@@ -110,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kOnce ? 5 : 4)
   std::uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) words[i] = ptx::pack<T>(sum[2 * i] * factor, sum[2 * i + 1] * factor);
-  transpose_quad(words, lane);
+  quad_transpose(words, lane);
   if (!has_chunk) return;
 
   const int token_in_slab = row / rows.group;
@@ -121,7 +110,8 @@ __global__ void __launch_bounds__(kThreads, kOnce ? 5 : 4)
               lane;
   __stcs(to, invalid ? splat(kNanPair) : make_uint4(words[0], words[1], words[2], words[3]));
   if (lane == 0 && lse.data != nullptr) {
-    const float value = weights == 0.0f ? -INFINITY : (highest + ptx::log2_approx(weights)) * kLn2;
+    const float value =
+        weights == 0.0f ? -INFINITY : (highest + ptx::log2_approx(weights)) * std::numbers::ln2_v<float>;
     lse.data[q_head * lse.head_stride + token * lse.token_stride] = invalid ? NAN : value;
   }
 }
@@ -204,8 +194,8 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int mine = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   const Rest rest = mine < tokens ? rest_of(batch, sequences, causal, mine) : Rest::none;
-  const unsigned nan = __ballot_sync(~0u, rest == Rest::nan);
-  for (unsigned left = __ballot_sync(~0u, rest != Rest::none); left != 0; left &= left - 1) {
+  const unsigned nan = __ballot_sync(kAllLanes, rest == Rest::nan);
+  for (unsigned left = __ballot_sync(kAllLanes, rest != Rest::none); left != 0; left &= left - 1) {
     const int from = __ffs(static_cast<int>(left)) - 1;
     const bool is_nan = (nan >> from & 1) != 0;
     const std::int64_t token = mine - lane + from;
@@ -223,14 +213,13 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void merge(const Shape& shape, Slab slab, Batch, const Index& index, const Partials& partials, View<void> out,
-           LseView lse, cudaStream_t stream) {
+void merge(const Shape& shape, Slab slab, const Index& index, const Partials& partials, View<void> out, LseView lse,
+           cudaStream_t stream) {
   const Rows rows{slab.head_begin, slab.token_begin, slab.tokens * shape.group, shape.group, shape.max_blocks,
                   shape.slots,     shape.head_dim};
   const int rows_per_cta = kThreads / (shape.head_dim <= 64 ? 8 : shape.head_dim <= 128 ? 16 : 32);
   launch(shape.dtype == DType::bf16 ? merge_kernel<__nv_bfloat16>(shape) : merge_kernel<__half>(shape),
-         dim3((rows.rows + rows_per_cta - 1) / rows_per_cta, slab.heads), kThreads, 0, stream, rows, index, partials,
-         out, lse);
+         dim3(divide_up(rows.rows, rows_per_cta), slab.heads), kThreads, 0, stream, rows, index, partials, out, lse);
 }
 
 void merge_partials(const Shape& shape, const CallerPartials& partials, View<void> out, LseView lse,
@@ -243,8 +232,8 @@ void merge_partials(const Shape& shape, const CallerPartials& partials, View<voi
 }
 
 void fill_dense_rest(const Shape& shape, Batch batch, View<void> out, LseView lse, cudaStream_t stream) {
-  launch(fill_rows, dim3((shape.total_q + kThreads - 1) / kThreads), kThreads, 0, stream, batch, shape.batch,
-         shape.causal, shape.total_q, shape.q_heads, shape.head_dim / 8, out, lse);
+  launch(fill_rows, dim3(divide_up(shape.total_q, kThreads)), kThreads, 0, stream, batch, shape.batch, shape.causal,
+         shape.total_q, shape.q_heads, shape.head_dim / 8, out, lse);
 }
 
 }  // namespace moba::cuda

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cuda/contract.h"
+#include "cuda/divide.cuh"
 #include "cuda/launch.h"
 #include "cuda/pool.cuh"
 #include "cuda/ptx/math.cuh"
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 }  // namespace
 
 void pool(const Shape& shape, Batch batch, View<const void> k, View<void> centroids, cudaStream_t stream) {
-  const int all_groups = (shape.block_size + kPoolGroup - 1) / kPoolGroup, all_lanes = shape.head_dim / 8;
+  const int all_groups = divide_up(shape.block_size, kPoolGroup), all_lanes = shape.head_dim / 8;
   int lanes = all_lanes;  // 4 of them read 64 bytes a key: whole sectors
   if (all_groups * lanes > kMaxThreads) lanes = all_lanes % 8 == 0 && all_groups * 8 <= kMaxThreads ? 8 : 4;
   const int groups = std::min(all_groups, kMaxThreads / lanes);

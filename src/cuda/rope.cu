@@ -12,6 +12,7 @@
 
 #include "cuda/batch.cuh"
 #include "cuda/contract.h"
+#include "cuda/divide.cuh"
 #include "cuda/launch.h"
 #include "cuda/pool.cuh"
 #include "cuda/rotate.cuh"
@@ -314,8 +315,6 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 }
-
-int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // Heads and slices of a CTA of at most `threads`: slices come `together` at a time.
 Layout layout_of(const Shape& shape, const RopeParameters& rope, int heads, int threads, int together) {

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/lanes.cuh"
+
 namespace moba::cuda {
 
 // Sum of `value` over the lanes before this one (exclusive); `total` (may be null) gets the sum over the warp.
@@ -12,10 +14,10 @@ __device__ __forceinline__ T scan_warp(T value, T* total) {
   T inclusive = value;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    const T other = __shfl_up_sync(~0u, inclusive, distance);
+    const T other = __shfl_up_sync(kAllLanes, inclusive, distance);
     if (lane >= distance) inclusive += other;
   }
-  if (total != nullptr) *total = __shfl_sync(~0u, inclusive, 31);
+  if (total != nullptr) *total = __shfl_sync(kAllLanes, inclusive, 31);
   return inclusive - value;
 }
 

@@ -14,6 +14,8 @@ namespace {
 constexpr std::size_t kDefaultScratch = std::size_t{2} << 30;
 constexpr std::int64_t kTokenStep = 128;  // slabs of part of the tokens are cut at multiples of this
 constexpr std::int64_t kMaxInt = std::numeric_limits<std::int32_t>::max();
+constexpr std::int64_t kMaxEntries = kMaxInt + 1 - (1 << 16);  // of a key head: kernels round their number up
+constexpr std::int64_t kMaxGrid = 65535;                       // a key head is a y of a grid
 const char* const kElse = " on cuda; the cpu backend takes others";
 
 void check_problem(const Plan::Impl& plan) {
@@ -27,9 +29,10 @@ void check_problem(const Plan::Impl& plan) {
   const std::int64_t block = p.config.block_size;
   if (block % 16 != 0 || block > 8192) refuse("config.block_size", block, allowed("multiples of 16 up to 8192"));
   if (plan.slots > 64) refuse("config.top_k", p.config.top_k, allowed("up to 64"));
+  if (p.kv_heads > kMaxGrid) refuse("kv_heads", p.kv_heads, allowed("up to " + std::to_string(kMaxGrid)));
   if (*p.config.scale < 0) refuse("config.scale", *p.config.scale, allowed("0 or more"));
-  if (checked_product("total_q * q_heads / kv_heads * top_k", {p.total_q, plan.group, plan.slots}) > kMaxInt) {
-    refuse("total_q", p.total_q, allowed("total_q * q_heads / kv_heads * top_k up to 2^31 - 1"));
+  if (checked_product("total_q * q_heads / kv_heads * top_k", {p.total_q, plan.group, plan.slots}) > kMaxEntries) {
+    refuse("total_q", p.total_q, allowed("total_q * q_heads / kv_heads * top_k up to 2^31 - 2^16"));
   }
   if (checked_product("blocks * kv_heads", {plan.max_blocks, p.kv_heads}) > kMaxInt) {
     refuse("config.block_size", block, allowed("blocks * kv_heads up to 2^31 - 1"));
@@ -107,10 +110,30 @@ std::int64_t largest(std::int64_t most, Fits fits) {
   return good;
 }
 
-// Slabs as large as `total` bytes allow, of which `outside` are spoken for, and of about equal size: whole heads if one
-// fits, else tokens of one head.
-void choose_slabs(Setup& setup, std::size_t total, std::size_t outside) {
-  const std::size_t limit = total > outside ? total - outside : 0;
+// The public index() takes all tokens of some key heads at once.
+std::size_t index_bytes(const Setup& setup, std::int64_t heads) {
+  Carver carver;
+  BatchMemory(carver, setup.shape);
+  IndexMemory(carver, setup.shape, {0, static_cast<int>(heads), 0, setup.shape.total_q});
+  return carver.used();
+}
+
+std::size_t dense_bytes(const Setup& setup) {
+  Carver carver;
+  BatchMemory(carver, setup.shape);
+  DenseMemory(carver, setup);
+  return carver.used();
+}
+
+// What no choice of slabs can do without.
+std::size_t least_bytes(const Setup& setup) {
+  const std::int64_t tokens = std::clamp<std::int64_t>(setup.shape.total_q, 1, kTokenStep);
+  return std::max({slab_bytes(setup, 1, tokens), index_bytes(setup, 1), dense_bytes(setup)});
+}
+
+// Slabs as large as `limit` allows, which is least_bytes or more, and of about equal size: whole heads if one fits,
+// else tokens of one head.
+void choose_slabs(Setup& setup, std::size_t limit) {
   const Shape& s = setup.shape;
   const std::int64_t tokens = std::max(1, s.total_q), heads = s.kv_heads;
   std::int64_t most = largest(heads, [&](std::int64_t n) { return slab_bytes(setup, n, tokens) <= limit; });
@@ -122,33 +145,8 @@ void choose_slabs(Setup& setup, std::size_t total, std::size_t outside) {
   const std::int64_t steps = ceil_div(tokens, kTokenStep);
   most =
       largest(steps, [&](std::int64_t n) { return slab_bytes(setup, 1, std::min(tokens, n * kTokenStep)) <= limit; });
-  if (most == 0) {
-    refuse("options.workspace_limit", std::to_string(total) + " bytes",
-           "at least " + std::to_string(slab_bytes(setup, 1, std::min(tokens, kTokenStep)) + outside) +
-               " bytes for this problem");
-  }
   setup.slab_heads = 1;
   setup.slab_tokens = static_cast<int>(ceil_div(steps, ceil_div(steps, most)) * kTokenStep);
-}
-
-// The public index() takes all tokens of as many key heads at once as the slabs' memory holds, at least one.
-std::size_t choose_index_heads(Setup& setup, std::size_t available) {
-  const auto bytes = [&](std::int64_t heads) {
-    Carver carver;
-    BatchMemory(carver, setup.shape);
-    IndexMemory(carver, setup.shape, {0, static_cast<int>(heads), 0, setup.shape.total_q});
-    return carver.used();
-  };
-  const std::int64_t most = largest(setup.shape.kv_heads, [&](std::int64_t n) { return bytes(n) <= available; });
-  setup.index_heads = static_cast<int>(std::max<std::int64_t>(1, most));
-  return bytes(setup.index_heads);
-}
-
-std::size_t dense_bytes(const Setup& setup) {
-  Carver carver;
-  BatchMemory(carver, setup.shape);
-  DenseMemory(carver, setup);
-  return carver.used();
 }
 
 const char* name_of(AttendKernel kernel) {
@@ -207,10 +205,17 @@ void prepare(Plan::Impl& plan, const DeviceLimits& device) {
 
   plan.selection_bytes = 0;  // chosen and used slab by slab
   const std::size_t outside = 64 + plan.q_rotated_bytes + plan.k_rotated_bytes + plan.centroids_bytes;
-  const std::size_t total = plan.options.workspace_limit > 0 ? plan.options.workspace_limit : kDefaultScratch + outside;
-  choose_slabs(setup, total, outside);
+  const std::size_t least = least_bytes(setup), limit = plan.options.workspace_limit;
+  if (limit > 0 && limit < outside + least) {
+    refuse("options.workspace_limit", std::to_string(limit) + " bytes",
+           "at least " + std::to_string(outside + least) + " bytes for this problem");
+  }
+  choose_slabs(setup, limit > 0 ? limit - outside : std::max(kDefaultScratch, least));
   const std::size_t slab = slab_bytes(setup, setup.slab_heads, setup.slab_tokens);
-  plan.scratch_bytes = aligned(std::max({slab, choose_index_heads(setup, slab), dense_bytes(setup)}));
+  const std::size_t room = std::max(slab, least);
+  setup.index_heads = static_cast<int>(
+      largest(setup.shape.kv_heads, [&](std::int64_t heads) { return index_bytes(setup, heads) <= room; }));
+  plan.scratch_bytes = aligned(room);
   plan.cuda = made;
 }
 

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "cuda/lanes.cuh"
+
 namespace moba::cuda {
 
 // What is sorted, and which of two comes first.
@@ -111,7 +113,7 @@ __device__ __forceinline__ typename Order::Type ranked_of_two_lanes(const typena
                                                                     int rank) {
   typename Order::Type theirs[n];
 #pragma unroll
-  for (int i = 0; i < high; ++i) theirs[i] = __shfl_xor_sync(~0u, x[i], other);
+  for (int i = 0; i < high; ++i) theirs[i] = __shfl_xor_sync(kAllLanes, x[i], other);
   return ranked_of_union<Order, low, high>(x, theirs, rank);
 }
 
@@ -120,7 +122,7 @@ template <class Order, int n>
 __device__ __forceinline__ void merge_two_lanes(typename Order::Type (&x)[n], bool odd) {
   typename Order::Type theirs[n];
 #pragma unroll
-  for (int i = 0; i < n; ++i) theirs[i] = __shfl_xor_sync(~0u, x[n - 1 - i], 1);
+  for (int i = 0; i < n; ++i) theirs[i] = __shfl_xor_sync(kAllLanes, x[n - 1 - i], 1);
 #pragma unroll
   for (int i = 0; i < n; ++i) x[i] = odd ? Order::second(x[i], theirs[i]) : Order::first(x[i], theirs[i]);
   sort_bitonic<Order>(x);

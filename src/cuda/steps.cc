@@ -22,7 +22,8 @@ LseView lse_view(const Outputs& outputs) {
 
 // One call on its device: the setup of its plan, its stream, and the batch, which every call reads anew.
 struct DeviceCall {
-  explicit DeviceCall(const Call& given)
+  // `rotates`: q and k are, or were, turned by their positions, which a table of the caller's has from 0 on.
+  explicit DeviceCall(const Call& given, bool rotates = false)
       : call(given),
         setup(*given.plan.cuda),
         shape(setup.shape),
@@ -34,7 +35,7 @@ struct DeviceCall {
     const Problem& p = given.plan.problem;
     prepare_batch(shape, static_cast<const std::int32_t*>(given.cu_seqlens_q.data),
                   static_cast<const std::int32_t*>(given.cu_seqlens_k.data), p.max_seqlen_q, p.max_seqlen_k,
-                  memory.sequences, memory.blocks, stream);
+                  rotates && p.rope && p.rope->cos.given(), memory.sequences, memory.blocks, stream);
   }
 
   Call call;
@@ -103,7 +104,7 @@ void attend_slab(const DeviceCall& c, Slab slab, const IdsView<const std::int32_
   list_units(c.shape, slab, c.batch, memory.index, c.setup.rows_per_unit, memory.units, c.stream);
   launch_attend(c, c.setup.attend, {view(c.call.q), view(c.call.k), view(c.call.v), memory.index.rows}, memory.units,
                 {memory.partials, {}, {}});
-  merge(c.shape, slab, c.batch, memory.index, memory.partials, view(outputs.out), lse_view(outputs), c.stream);
+  merge(c.shape, slab, memory.index, memory.partials, view(outputs.out), lse_view(outputs), c.stream);
 }
 
 RopeParameters rope_parameters(const Plan::Impl& plan) {
@@ -133,7 +134,7 @@ void rotate(DeviceCall& c, const Tensor& q_rotated, const Tensor& k_rotated, con
 }
 
 void rope(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated) {
-  DeviceCall c(call);
+  DeviceCall c(call, true);
   rotate(c, q_rotated, k_rotated, {});
 }
 
@@ -175,7 +176,7 @@ void attend(const Call& call, const Selection& selection, const Outputs& outputs
 }
 
 void dense(const Call& call, const Outputs& outputs) {
-  DeviceCall c(call);
+  DeviceCall c(call, true);
   const DenseMemory memory(c.carver, c.setup);
   list_dense_units(c.shape, c.batch, c.setup.dense_rows_per_unit, memory.units, c.stream);
   launch_attend(c, c.setup.dense, {view(call.q), view(call.k), view(call.v), nullptr}, memory.units,
@@ -197,7 +198,7 @@ void merge(const Call& call, std::span<const Outputs> partials, const Outputs& o
 }
 
 void forward(const Call& given, const Intermediates& memory, const Outputs& outputs) {
-  DeviceCall c(given);
+  DeviceCall c(given, true);
   const View<void> centroids = view(memory.centroids);
   if (given.plan.rope) {
     rotate(c, memory.q_rotated, memory.k_rotated, centroids);

@@ -15,7 +15,11 @@ Encode encoder() {
   static const Encode encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION < 12050
+    MOBA_CUDA(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result));
+#else
     MOBA_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result));
+#endif
     if (result != cudaDriverEntryPointSuccess) throw Error("CUDA: the driver has no cuTensorMapEncodeTiled (12.0)");
     return reinterpret_cast<Encode>(function);
   }();

@@ -7,6 +7,8 @@
 #include <algorithm>
 
 #include "cuda/contract.h"
+#include "cuda/divide.cuh"
+#include "cuda/lanes.cuh"
 #include "cuda/launch.h"
 #include "cuda/scan.cuh"
 
@@ -89,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     int sum = 0;
 #pragma unroll 8
     for (std::int64_t i = first + thread; i < last; i += kThreads) sum += cut_of(i).units;
-    sum = __reduce_add_sync(~0u, sum);
+    sum = __reduce_add_sync(kAllLanes, sum);
     if (sum != 0 && thread % 32 == 0) atomicAdd(total, sum);
   };
   // Heads before this one; behind it only the first CTA counts, to know the sum of all.
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(kThreads) cut_sequences(Dense dense, Batch bat
   __syncthreads();
   int most = 0;
   for (int s = thread; s < dense.batch; s += kThreads) most = max(most, batch.sequences[s].k_len);
-  most = __reduce_max_sync(~0u, most);
+  most = __reduce_max_sync(kAllLanes, most);
   if (most > 0 && thread % 32 == 0) atomicMax(&longest, most);
   __syncthreads();
   const unsigned class_keys = static_cast<unsigned>(longest) / kClasses + 1;
@@ -283,7 +285,7 @@ void list_units(const Shape& shape, Slab slab, Batch batch, const Index& index, 
                     rows_per_unit,
                     shape.causal,
                     unit_capacity(shape, slab, rows_per_unit)};
-  const int wanted = (shape.max_blocks + kListsPerCta - 1) / kListsPerCta;
+  const int wanted = divide_up(shape.max_blocks, kListsPerCta);
   const int parts = std::clamp(wanted, 1, std::max(1, 2 * shape.sm_count / std::max(1, slab.heads)));
   launch(cut_lists, dim3(parts, std::max(1, slab.heads)), kThreads, 0, stream, lists, batch.blocks, index.offsets,
          index.rows, list);

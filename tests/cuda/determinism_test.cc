@@ -120,6 +120,36 @@ TEST_F(CudaDeterminism, TheMemoryOfAPlanDoesNotMatter) {
   }
 }
 
+// Later keys that outweigh the earlier ones, and scores that are huge: where a kernel changes its way for a row, the
+// rows beside it keep their bits.
+TEST_F(CudaDeterminism, TheMemoryOfAPlanDoesNotMatterWhereScoresJump) {
+  for (const std::int64_t block_size : {64, 128, 144, 512}) {
+    for (const float jump : {20.0f, 3e4f}) {
+      Case c = cases().front();
+      c.config.block_size = block_size, c.config.top_k = 3;
+      c.q_lengths = c.k_lengths = {2000, 700};
+      Data data(c);
+      for (std::int64_t token = 0; token < data.k.dim(0); ++token) {
+        if (token % 97 < 90) continue;  // some keys of every block, so that some rows meet them and others do not
+        for (std::int64_t head = 0; head < data.k.dim(1); ++head) {
+          for (std::int64_t i = 0; i < data.k.dim(2); ++i) {
+            data.k.set(token, head, i, data.k.get(token, head, i) * jump);
+          }
+        }
+      }
+      for (const std::string& family : families(c.problem())) {
+        SCOPED_TRACE(::testing::Message() << "B " << block_size << ", jump " << jump << ", " << family);
+        const auto expected = everything(c, data, cuda_options(family));
+        const std::size_t least = least_workspace(c.problem(), family);
+        const std::size_t most = Plan(c.problem(), cuda_options(family)).workspace_bytes();
+        for (const std::size_t limit : {least, (least + most) / 2}) {
+          expect_same(c, data, cuda_options(family, limit), expected);
+        }
+      }
+    }
+  }
+}
+
 // The tensors of forward, dense and select on the device, where they stay from call to call.
 struct Resident {
   Plan plan;
