@@ -57,7 +57,9 @@ void check_shapes(const CachePlan::Impl& plan, const Cache& cache, std::int64_t 
 // The lengths and pages of the sequences, from whichever table is given.
 class Tables {
  public:
-  explicit Tables(const Cache& cache) : cache_(cache), places_(cache.k.shape[0]), size_(cache.k.shape[1]) {}
+  // No sequence is longer than kMost, so neither need a page be, nor a row of the table; and products fit in 64 bits.
+  explicit Tables(const Cache& cache)
+      : cache_(cache), places_(cache.k.shape[0]), size_(std::min(cache.k.shape[1], kMost)) {}
 
   void check_indptr(std::int64_t batch) const {
     if (!cache_.indptr.given()) return;
@@ -94,7 +96,7 @@ class Tables {
 
   // Tokens that there is a place for, as far as the tables go.
   std::int64_t capacity() const {
-    if (cache_.block_table.given()) return cache_.block_table.shape[1] * size_;
+    if (cache_.block_table.given()) return std::min(cache_.block_table.shape[1], kMost) * size_;
     return cache_.indptr.given() ? std::numeric_limits<std::int64_t>::max() : size_;
   }
 
@@ -143,6 +145,8 @@ class Tables {
   }
 
  private:
+  static constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+
   const Cache& cache_;
   const std::int64_t places_, size_;
 };
