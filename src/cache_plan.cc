@@ -50,6 +50,7 @@ CachePlan::CachePlan(const CacheProblem& problem, const Options& options) {
   Impl& plan = *made;
   const Plan::Impl& one = plan.plan.impl();
   CacheProblem& p = plan.problem;
+  checked_product("max_length * q_heads * head_dim", {p.max_length, p.q_heads, p.head_dim});
   p.config = one.problem.config;
   p.rope = one.problem.rope;
   plan.max_blocks = p.max_length / p.config.block_size;

@@ -40,6 +40,12 @@ TEST(CacheRefusals, Plans) {
        [](auto& p, auto&) { p.max_new_tokens = 2000000000; }},
       {"max_length: is 0; allowed: 1 to", [](auto& p, auto&) { p.max_length = 0; }},
       {"max_length: is 4294967296; allowed: 1 to", [](auto& p, auto&) { p.max_length = std::int64_t{1} << 32; }},
+      {"max_length * q_heads * head_dim: is more than 2^56",
+       [](auto& p, auto&) {
+         p.max_length = std::int64_t{1} << 30;
+         p.q_heads = p.kv_heads = std::int64_t{1} << 24;
+         p.max_new_tokens = 1;
+       }},
       {"config.causal: is false; allowed: true", [](auto& p, auto&) { p.config.causal = false; }},
       {"config.block_size: is 0", [](auto& p, auto&) { p.config.block_size = 0; }},
       {"config.top_k: is 0", [](auto& p, auto&) { p.config.top_k = 0; }},

@@ -89,6 +89,7 @@ Options threads_of(int threads) {
 TEST(Cache, WholeChunksAndTokensGiveThePrefill) {
   for (const std::int64_t block_size : {16, 64, 128}) {
     for (const std::int64_t group : {1, 4}) {
+      if (kSanitized && block_size * group > 64) continue;
       const Case c = ragged(block_size, group);
       const Data data(c);
       const Prefill prefill(c, data, threads_of(2));
@@ -106,6 +107,7 @@ TEST(Cache, PagesGiveThePrefill) {
     for (const std::int64_t page_size : {16, 64, 128, 256, 7}) {
       for (const std::int64_t block_size : {64, 128}) {
         for (const std::int64_t group : {1, 4}) {
+          if (kSanitized && block_size * group > 128) continue;
           const Case c = ragged(block_size, group);
           const Data data(c);
           const Prefill prefill(c, data, threads_of(2));
@@ -265,6 +267,7 @@ TEST(Cache, OddShapes) {
                    .q_lengths = {90},
                    .config = {.block_size = 8, .top_k = 3, .scale = -0.5}});
   for (Case& c : cases) {
+    if (kSanitized && c.total_q() > 500) continue;
     c.k_lengths = c.q_lengths;
     SCOPED_TRACE(c.name);
     const Data data(c);
