@@ -43,7 +43,7 @@ TEST(CacheRefusals, Plans) {
       {"max_length * q_heads * head_dim: is more than 2^56",
        [](auto& p, auto&) {
          p.max_length = std::int64_t{1} << 30;
-         p.q_heads = p.kv_heads = std::int64_t{1} << 24;
+         p.q_heads = std::int64_t{1} << 24, p.kv_heads = 1;
          p.max_new_tokens = 1;
        }},
       {"config.causal: is false; allowed: true", [](auto& p, auto&) { p.config.causal = false; }},
