@@ -290,6 +290,38 @@ TEST(Cache, NoSequencesAndNoTokens) {
   feed(c, data, {{}}, {CacheForm::csr, 16}, reference_options());
 }
 
+// More rows than are split at a time.
+TEST(Cache, ManySequences) {
+  Case c{.q_heads = 4, .kv_heads = 2, .head_dim = 8, .config = {.block_size = 4, .top_k = 3}};
+  c.q_lengths.clear();
+  for (std::int64_t s = 0; s < 300; ++s) c.q_lengths.push_back(s % 23);
+  c.k_lengths = c.q_lengths;
+  const Data data(c);
+  const Prefill prefill(c, data, threads_of(2));
+  for (const CacheForm form : {CacheForm::contiguous, CacheForm::csr}) {
+    const Fed fed = feed(c, data, by_tokens(c.k_lengths, 7), {form, 8}, threads_of(2));
+    expect_prefill(c, prefill, fed, 1e-6);
+  }
+}
+
+// NaN goes where it goes in the reference, whichever way a sequence is computed.
+TEST(Cache, NaN) {
+  Case c = ragged(16, 4);
+  Data data(c);
+  for (std::int64_t d = 0; d < 32; ++d) data.k.set(25, 0, d, std::nanf(""));
+  data.v.set(40, 1, 3, std::nanf(""));
+  data.q.set(60, 5, 0, std::nanf(""));
+  for (const Steps& steps : {by_tokens(c.k_lengths), whole(c.k_lengths), by_random_chunks(c.k_lengths, 25, 7)}) {
+    const Fed expected = feed(c, data, steps, {CacheForm::csr, 8}, reference_options());
+    const Fed got = feed(c, data, steps, {CacheForm::csr, 8}, threads_of(2));
+    EXPECT_EQ(got.ids.bits(), expected.ids.bits());
+    const std::vector<double> a = got.out.numbers(), b = expected.out.numbers();
+    std::int64_t different = 0;
+    for (std::size_t i = 0; i < a.size(); ++i) different += std::isnan(a[i]) != std::isnan(b[i]) ? 1 : 0;
+    EXPECT_EQ(different, 0);
+  }
+}
+
 // A key that no row chose, or that lies behind the query, leaves no trace.
 TEST(Cache, ReadsOnlyTheChosenBlocks) {
   Case c{.q_heads = 2,
