@@ -58,8 +58,8 @@ class MOBA_EXPORT CachePlan {
   const CacheProblem& problem() const;
   const Options& options() const;
 
-  // Bytes of scratch that append and decode may use. Beyond it they allocate about 100 bytes a sequence of the batch,
-  // 16 bytes a block that closes and a bit a page.
+  // Bytes of scratch that append and decode may use. Beyond it they allocate about 100 bytes a sequence and key head,
+  // 16 bytes a block that closes and two bits a page. (The reference backend allocates more: it gathers each sequence.)
   std::size_t workspace_bytes() const;
   // Closed blocks of the longest sequence: max_length / block_size. As many rows of centroids does a sequence need.
   std::int64_t max_blocks() const;
