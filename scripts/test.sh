@@ -93,7 +93,7 @@ run_demo() {
 
 # What README.md quotes of moba_bench.
 figures=(cpu.sgemm cpu.attend cpu.attend_over_sgemm cpu.attend_bf16_over_sgemm cpu.routing_share cpu.moba_over_dense
-  cpu.dense_over_sgemm cpu.flop_ratio cpu.peak_extra_mib)
+  cpu.dense_over_sgemm cpu.flop_ratio cpu.peak_extra_mib cpu.decode_speedup cpu.decode_bandwidth)
 
 run_figures() {
   local name printed missing=()

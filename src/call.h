@@ -20,6 +20,13 @@ struct Sequence {
   std::int64_t first_position() const { return k_len - q_len; }
 };
 
+// Where the keys of one cached sequence lie: key i is row i % size of page ids[i / size], and pages are `stride`
+// elements apart. No ids: key i is row i.
+struct KeyPages {
+  const std::int32_t* ids = nullptr;
+  std::int64_t size = 0, stride = 0;
+};
+
 // What every step of a backend takes first. Everything in it has been checked, but for what lies on a device.
 struct Call {
   const Plan::Impl& plan;
@@ -28,6 +35,7 @@ struct Call {
   ConstTensor cu_seqlens_q, cu_seqlens_k;
   Workspace scratch;  // plan.scratch_bytes, 64-byte aligned
   Stream stream;
+  KeyPages k_pages = {}, v_pages = {};  // of the one sequence of a call over a cache, which only attend of the cpu sees
 };
 
 // What forward keeps in the workspace between its steps.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "moba/attention.h"
+#include "moba/cache.h"
 #include "moba/config.h"
 #include "moba/error.h"
 #include "moba/info.h"

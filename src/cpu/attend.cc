@@ -22,14 +22,13 @@
 #include "cpu/lanes-inl.h"
 #include "cpu/pack-inl.h"
 #include "cpu/product-inl.h"
+#include "cpu/softmax-inl.h"
 #include "cpu/targets.h"
 #include "cpu/workers.h"
 #include "parallel.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
-
-constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
 // Keys of a sequence: first .. first + count.
 struct Keys {
@@ -100,7 +99,7 @@ class Chunk {
   }
 
   void attend_tile(const Sequence& sequence, const Keys& tile, std::span<const std::int32_t> rows) {
-    PackKeys<kPairs>(head(call_.k), sequence.k_begin + tile.first, tile.count, s_.keys);
+    PackKeys<kPairs>(keys(), sequence.k_begin + tile.first, tile.count, s_.keys);
     const bool finite = pack_values(sequence, tile);
     coming_row_ = 0;
     rows_per_tile_ = ceil_div(2 * coming_.count, ceil_div(std::ssize(rows), kRowTile));
@@ -126,15 +125,14 @@ class Chunk {
   bool pack_values(const Sequence& sequence, const Keys& keys) {
     values_ = keys.count;
     if constexpr (kPairs) {
-      return PackValuePairs(head(call_.v), sequence.k_begin + keys.first, keys.count, s_.values);
+      return PackValuePairs(values(), sequence.k_begin + keys.first, keys.count, s_.values);
     } else {
-      return PackValues(head(call_.v), sequence.k_begin + keys.first, keys.count, s_.values);
+      return PackValues(values(), sequence.k_begin + keys.first, keys.count, s_.values);
     }
   }
 
-  HeadRows head(const ConstTensor& t) const {
-    return {head_row(t, 0, kv_head_), t.stride[0] * static_cast<std::int64_t>(size_in_bytes(t.dtype)), t.dtype, dim_};
-  }
+  HeadRows keys() const { return HeadOf(call_.k, kv_head_, call_.k_pages); }
+  HeadRows values() const { return HeadOf(call_.v, kv_head_, call_.v_pages); }
 
   // One tile: at most kRowTile rows against the packed keys and values; row i sees the first seen[i] of them
   // (ascending). `following` is the next tile.
@@ -172,8 +170,8 @@ class Chunk {
     const auto bytes = dim_ * static_cast<std::int64_t>(size_in_bytes(call_.k.dtype));
     const std::int64_t end = std::min(2 * coming_.count, coming_row_ + rows_per_tile_);
     for (; coming_row_ < end; ++coming_row_) {
-      const ConstTensor& from = coming_row_ % 2 == 0 ? call_.k : call_.v;
-      soon[n++] = {head_row(from, sequence.k_begin + coming_.first + coming_row_ / 2, kv_head_), bytes};
+      const HeadRows from = coming_row_ % 2 == 0 ? keys() : values();
+      soon[n++] = {from.row(sequence.k_begin + coming_.first + coming_row_ / 2), bytes};
     }
     return soon.first(n);
   }
@@ -213,7 +211,7 @@ class Chunk {
     alignas(64) std::array<float, kRowTile> before{}, now{};
     for (std::size_t i = 0; i < n; ++i) {
       before[i] = s_.maximum[local(rows[i])];
-      now[i] = scale_and_max(s_.scores + static_cast<std::int64_t>(i) * kKeyTile, seen[i], before[i]);
+      now[i] = ScaleAndMax(s_.scores + static_cast<std::int64_t>(i) * kKeyTile, seen[i], scale_, before[i]);
       s_.maximum[local(rows[i])] = now[i];
     }
     for (std::size_t i = 0; i < kRowTile; i += kLanes) {
@@ -226,44 +224,9 @@ class Chunk {
     for (std::size_t i = 0; i < n; ++i) {
       float* row = s_.scores + static_cast<std::int64_t>(i) * kKeyTile;
       float& sum = s_.sum[local(rows[i])];
-      sum = sum * alpha[i] + exponentials(row, seen[i], most, now[i]);
+      sum = sum * alpha[i] + Exponentials(row, seen[i], most, now[i]);
       if constexpr (kPairs) to_pairs(row, most, s_.pairs + static_cast<std::int64_t>(i) * kKeyTile / 2);
     }
-  }
-
-  // Scales row[0..seen), fills the vector that seen ends in with -inf, and returns the maximum of it and `start`.
-  float scale_and_max(float* row, std::int64_t seen, float start) const {
-    const F32 df;
-    const VF scale = hn::Set(df, scale_);
-    VF maximum = hn::Set(df, start);
-    std::int64_t j = 0;
-    for (; j + kLanes <= seen; j += kLanes) {
-      const VF s = hn::Mul(scale, hn::LoadU(df, row + j));
-      hn::StoreU(s, df, row + j);
-      maximum = hn::Max(maximum, s);
-    }
-    if (j < seen) {
-      const auto inside = hn::FirstN(df, static_cast<std::size_t>(seen - j));
-      const VF s = hn::IfThenElse(inside, hn::Mul(scale, hn::LoadU(df, row + j)), hn::Set(df, kMinusInf));
-      hn::StoreU(s, df, row + j);
-      maximum = hn::Max(maximum, s);
-    }
-    return hn::GetLane(hn::MaxOfLanes(df, maximum));
-  }
-
-  // row = 2^(row - reference), zero from seen up to `most` rounded up to whole vectors; returns the sum.
-  static float exponentials(float* row, std::int64_t seen, std::int64_t most, float reference) {
-    const F32 df;
-    const VF subtract = hn::Set(df, reference);
-    VF sum = hn::Zero(df);
-    std::int64_t j = 0;
-    for (; j < seen; j += kLanes) {
-      const VF p = Exp2(hn::Sub(hn::LoadU(df, row + j), subtract));
-      hn::StoreU(p, df, row + j);
-      sum = hn::Add(sum, p);
-    }
-    for (; j < most; j += kLanes) hn::StoreU(hn::Zero(df), df, row + j);
-    return hn::GetLane(hn::SumOfLanes(df, sum));
   }
 
   // to = row[0..most) rounded to bfloat16, two to a word; the vector that `most` ends in is zero past seen already.

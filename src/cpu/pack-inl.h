@@ -15,20 +15,32 @@
 #include <array>
 #include <cstring>
 
+#include "call.h"
 #include "cpu/lanes-inl.h"
+#include "cpu/workers.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
 
-// Rows of one head: row i starts at data + i * stride bytes.
+// Rows of one head: row i starts at data + i * stride bytes; in a paged cache, i counts within its page.
 struct HeadRows {
   const std::byte* data;
   std::int64_t stride;
   DType dtype;
   std::int64_t dim;
+  KeyPages pages = {};
 
-  const std::byte* row(std::int64_t i) const { return data + i * stride; }
+  const std::byte* row(std::int64_t i) const {
+    if (pages.ids == nullptr) return data + i * stride;
+    const std::int64_t element = static_cast<std::int64_t>(size_in_bytes(dtype));
+    return data + pages.ids[i / pages.size] * pages.stride * element + i % pages.size * stride;
+  }
 };
+
+inline HeadRows HeadOf(const ConstTensor& t, std::int64_t head, const KeyPages& pages = {}) {
+  return {head_row(t, 0, head), t.stride[0] * static_cast<std::int64_t>(size_in_bytes(t.dtype)), t.dtype, t.shape[2],
+          pages};
+}
 
 // to[0..words) = the row as bfloat16 pairs, the odd last one completed by a zero.
 inline void CopyPairs(const std::byte* row, std::int64_t dim, float* to) {

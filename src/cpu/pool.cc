@@ -8,6 +8,7 @@
 
 #include "call.h"
 #include "cpu/lanes-inl.h"
+#include "cpu/pack-inl.h"
 #include "cpu/targets.h"
 #include "cpu/workers.h"
 #include "parallel.h"
@@ -22,15 +23,17 @@ inline void add(float* HWY_RESTRICT to, const float* HWY_RESTRICT from, std::int
 }
 
 // Centroid of keys [begin, begin + keys) of one head: groups of 64 keys are summed, then the sums of the groups.
-void PoolBlock(const ConstTensor& k, std::int64_t head, std::int64_t begin, std::int64_t keys, void* centroid) {
+void PoolBlock(const ConstTensor& k, const KeyPages& pages, std::int64_t head, std::int64_t begin, std::int64_t keys,
+               void* centroid) {
   constexpr std::int64_t kGroup = 64;
+  const HeadRows rows = HeadOf(k, head, pages);
   const std::int64_t dim = k.shape[2], padded = RoundUp(dim, kLanes);
   alignas(64) float row[256] = {}, group[256] = {}, total[256] = {};  // the longest head dim
   for (std::int64_t first = 0; first < keys; first += kGroup) {
     float* sum = first == 0 ? total : group;
-    Widen(k.dtype, head_row(k, begin + first, head), sum, dim);
+    Widen(k.dtype, rows.row(begin + first), sum, dim);
     for (std::int64_t j = first + 1; j < std::min(keys, first + kGroup); ++j) {
-      Widen(k.dtype, head_row(k, begin + j, head), row, dim);
+      Widen(k.dtype, rows.row(begin + j), row, dim);
       add(sum, row, padded);
     }
     if (first != 0) add(total, group, padded);
@@ -49,6 +52,11 @@ namespace moba::cpu {
 
 HWY_EXPORT(PoolBlock);
 
+void pool_block(const Plan::Impl& plan, const ConstTensor& k, const KeyPages& pages, std::int64_t head,
+                std::int64_t begin, std::int64_t keys, std::byte* centroid) {
+  MOBA_KERNEL(PoolBlock, plan.cpu_target)(k, pages, head, begin, keys, centroid);
+}
+
 void pool(const Call& call, const Tensor& centroids) {
   const std::int64_t heads = call.plan.problem.kv_heads, block_size = call.plan.problem.config.block_size;
   const std::int64_t blocks =
@@ -63,7 +71,7 @@ void pool(const Call& call, const Tensor& centroids) {
       while (s->block_begin + s->blocks <= block) ++s;
       const std::int64_t start = (block - s->block_begin) * block_size;
       const std::int64_t keys = std::min(block_size, s->k_len - start);
-      pool_block(call.k, head, s->k_begin + start, keys, head_row(centroids, block, head));
+      pool_block(call.k, {}, head, s->k_begin + start, keys, head_row(centroids, block, head));
     }
   });
 }

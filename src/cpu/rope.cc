@@ -84,7 +84,8 @@ void rotate_tokens(const Call& call, const ConstTensor& x, const Tensor& rotated
 
 void rope(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated) {
   const Problem& p = call.plan.problem;
-  const std::int64_t q_tasks = ceil_div(p.total_q, kTokens), k_tasks = ceil_div(p.total_k, kTokens);
+  const std::int64_t q_tasks = ceil_div(p.total_q, kTokens),
+                     k_tasks = k_rotated.given() ? ceil_div(p.total_k, kTokens) : 0;
   parallel_for(call.plan.threads, q_tasks + k_tasks, [&](std::int64_t task, int slot) {
     Carver carver(thread_scratch(call, slot));
     const RopeScratch scratch(carver, call.plan);

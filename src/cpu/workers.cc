@@ -10,6 +10,18 @@ namespace {
 
 constexpr std::int64_t padded(std::int64_t n) { return ceil_div(n, kMaxLanes) * kMaxLanes; }
 
+// Threads that can be at work at once in a step that takes scratch: no more than the most tasks of any.
+std::int64_t busy_threads(const Plan::Impl& plan) {
+  const Problem& p = plan.problem;
+  const auto row_tasks = [&](std::int64_t tokens) { return ceil_div(p.total_q, tokens) * p.kv_heads; };
+  const std::int64_t rope = ceil_div(p.total_q, RopeTable::kRun) + ceil_div(p.total_k, RopeTable::kRun);
+  const std::int64_t tasks =
+      std::max({rope, row_tasks(gate_tokens(plan)), row_tasks(attend_tokens(plan)), row_tasks(dense_tokens(plan))});
+  return std::clamp<std::int64_t>(tasks, 1, plan.threads);
+}
+
+}  // namespace
+
 // Rows of one attend task. A task packs every block that one of its rows chose, which costs about as much as 10 rows of
 // arithmetic; so a task has enough rows that a block of a sequence of the longest length is chosen by 256 of them
 // (measured at 16K tokens: 4096 rows a task 114 GFLOP/s, 8192 117, 16384 120). Few enough, though, to give each thread
@@ -22,18 +34,6 @@ std::int64_t attend_rows(const Plan::Impl& plan) {
   const std::int64_t bytes_limit = (64 << 20) / (4 * p.head_dim);
   return std::max<std::int64_t>(std::min({wanted, share, bytes_limit}), 512);
 }
-
-// Threads that can be at work at once in a step that takes scratch: no more than the most tasks of any.
-std::int64_t busy_threads(const Plan::Impl& plan) {
-  const Problem& p = plan.problem;
-  const auto row_tasks = [&](std::int64_t tokens) { return ceil_div(p.total_q, tokens) * p.kv_heads; };
-  const std::int64_t rope = ceil_div(p.total_q, RopeTable::kRun) + ceil_div(p.total_k, RopeTable::kRun);
-  const std::int64_t tasks =
-      std::max({rope, row_tasks(gate_tokens(plan)), row_tasks(attend_tokens(plan)), row_tasks(dense_tokens(plan))});
-  return std::clamp<std::int64_t>(tasks, 1, plan.threads);
-}
-
-}  // namespace
 
 AttendScratch::AttendScratch(Carver& carver, std::int64_t rows, std::int64_t head_dim)
     : out(carver.take<float>(rows * padded(head_dim))),

@@ -19,10 +19,10 @@ inline std::byte* thread_scratch(const Call& call, int slot) {
 
 // The sequences that hold tokens of [begin, end), given where a sequence's tokens begin and how many they are:
 // f(sequence, first, last) with the tokens of each.
-template <class F>
-void for_each_overlap(std::span<const Sequence> sequences, std::int64_t Sequence::*start,
-                      std::int64_t Sequence::*length, std::int64_t begin, std::int64_t end, F&& f) {
-  auto s = std::ranges::partition_point(sequences, [&](const Sequence& q) { return q.*start + q.*length <= begin; });
+template <class Sequences, class S, class F>
+void for_each_overlap(const Sequences& sequences, std::int64_t S::*start, std::int64_t S::*length, std::int64_t begin,
+                      std::int64_t end, F&& f) {
+  auto s = std::ranges::partition_point(sequences, [&](const S& q) { return q.*start + q.*length <= begin; });
   for (; s != sequences.end() && (*s).*start < end; ++s) {
     const std::int64_t first = std::max(begin, (*s).*start), last = std::min(end, (*s).*start + (*s).*length);
     if (first < last) f(*s, first, last);
@@ -102,6 +102,13 @@ inline std::int64_t attend_tokens(const Plan::Impl& plan) {
 inline std::int64_t dense_tokens(const Plan::Impl& plan) {
   return std::max<std::int64_t>(1, plan.dense_rows / plan.group);
 }
+
+// Rows of one attend task.
+std::int64_t attend_rows(const Plan::Impl& plan);
+
+// The centroid of keys begin .. begin + keys of one head of k [tokens, Hk, d], in pages or not. pool.cc
+void pool_block(const Plan::Impl& plan, const ConstTensor& k, const KeyPages& pages, std::int64_t head,
+                std::int64_t begin, std::int64_t keys, std::byte* centroid);
 
 // Fills in the cpu part of a plan: target, kernels, task sizes, scratch.
 void prepare(Plan::Impl& plan);

@@ -35,7 +35,8 @@ void rope(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated) {
     for (std::int64_t i = 0; i < s.q_len; ++i) {
       rotate(rope, table, s.first_position() + i, s.q_begin + i, call.q, q_rotated);
     }
-    for (std::int64_t j = 0; j < s.k_len; ++j) rotate(rope, table, j, s.k_begin + j, call.k, k_rotated);
+    for (std::int64_t j = 0; k_rotated.given() && j < s.k_len; ++j)
+      rotate(rope, table, j, s.k_begin + j, call.k, k_rotated);
   }
 }
 
