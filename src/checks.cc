@@ -165,10 +165,10 @@ void check_no_overlap(std::span<const Region> outputs, std::span<const Region> i
   }
 }
 
-void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t needed) {
+void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t needed, std::string_view what) {
   if (workspace.size() < needed) {
     refuse("workspace", std::to_string(workspace.size()) + " bytes",
-           "at least plan.workspace_bytes(), " + std::to_string(needed));
+           "at least plan." + std::string(what) + "(), " + std::to_string(needed));
   }
   if (workspace.data() == nullptr && needed > 0) refuse("workspace", "a null pointer", "a pointer");
   if (plan.device == Device::cuda) check_device_memory("workspace", workspace.data(), plan.options.cuda_device);

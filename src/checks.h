@@ -51,7 +51,8 @@ struct Region {
 // No output may touch an input or another output.
 void check_no_overlap(std::span<const Region> outputs, std::span<const Region> inputs);
 
-void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t needed);
+// `what` names the function of Plan that says what is needed.
+void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t needed, std::string_view what);
 
 // A selection against the shapes of the plan: ids and counts, or the transpose.
 void check_selection_rows(const Plan::Impl& plan, const Selection& selection, bool per_query_head);
