@@ -7,7 +7,6 @@
 #include "moba/attention.h"
 #include "moba/error.h"
 #include "plan_impl.h"
-#include "refuse.h"
 
 namespace moba {
 
@@ -105,18 +104,6 @@ std::vector<Region> selection_regions(const Selection& selection) {
           {"selection.rows", selection.rows}};
 }
 
-void check_outputs(const Plan& plan, const Outputs& outputs) {
-  const Problem& p = plan.problem();
-  check_tensor(plan.impl(), outputs.out, {"out", p.dtype, {p.total_q, p.q_heads, p.head_dim}, true});
-  if (outputs.lse.given())
-    check_tensor(plan.impl(), outputs.lse, {"lse", DType::f32, {p.q_heads, p.total_q}, true, false});
-}
-
-void check_centroids(const Plan& plan, const ConstTensor& centroids, bool output) {
-  const Problem& p = plan.problem();
-  check_tensor(plan.impl(), centroids, {"centroids", p.dtype, {plan.max_blocks(), p.kv_heads, p.head_dim}, output});
-}
-
 // The pieces of the workspace behind the scratch, in the order of their use.
 class Stack {
  public:
@@ -165,7 +152,7 @@ Call rotated(const Call& given, const Intermediates& memory) {
 Call checked_attention(const Plan& plan, const Inputs& inputs, const Selection* kept, const Outputs& outputs,
                        Workspace workspace, Stream stream) {
   Call call = make_call(plan, inputs, kQ | kK | kV, workspace, stream);
-  check_outputs(plan, outputs);
+  check_outputs(plan.impl(), outputs);
   std::vector<Region> written{{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
   if (kept != nullptr) {
     check_selection_rows(plan.impl(), *kept, true);
@@ -194,29 +181,13 @@ void forward_into(const Plan& plan, const Inputs& inputs, const Selection* kept,
   plan.impl().steps->forward(call, memory, tidy(outputs));
 }
 
-// Functions that the cuda backend does not have yet.
-void check_has_backward(const Plan& plan) {
-  if (plan.impl().steps->backward != nullptr) return;
-  refuse("plan: its backend", name(plan.options().backend),
-         "cpu (or reference) for backward and for a forward that keeps its selection");
-}
-
 // What the backward functions check. `selection` is null where all keys are attended to.
 Call checked_backward(const Plan& plan, const Inputs& inputs, const Selection* selection, const ConstOutputs& results,
                       const ConstTensor& dout, const Gradients& gradients, Workspace workspace, Stream stream) {
-  check_has_backward(plan);
-  const Problem& p = plan.problem();
+  check_has_backward(plan.impl());
   Call call = make_call(plan, inputs, kQ | kK | kV, workspace, stream, backward_needs(plan));
-  const auto check = [&](const ConstTensor& tensor, std::string_view argument, std::int64_t rows, std::int64_t heads,
-                         bool output) {
-    check_tensor(plan.impl(), tensor, {argument, p.dtype, {rows, heads, p.head_dim}, output});
-  };
-  check(results.out, "results.out", p.total_q, p.q_heads, false);
-  check_tensor(plan.impl(), results.lse, {"results.lse", DType::f32, {p.q_heads, p.total_q}, false, false});
-  check(dout, "dout", p.total_q, p.q_heads, false);
-  check(gradients.dq, "gradients.dq", p.total_q, p.q_heads, true);
-  check(gradients.dk, "gradients.dk", p.total_k, p.kv_heads, true);
-  check(gradients.dv, "gradients.dv", p.total_k, p.kv_heads, true);
+  check_results(plan.impl(), results, dout);
+  check_gradients(plan.impl(), gradients);
   std::vector<Region> read = regions(inputs, kQ | kK | kV);
   read.insert(read.end(), {{"results.out", results.out}, {"results.lse", results.lse}, {"dout", dout}});
   if (selection != nullptr) {
@@ -254,7 +225,7 @@ void forward(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Wor
 
 void forward(const Plan& plan, const Inputs& inputs, const Selection& selection, const Outputs& outputs,
              Workspace workspace, Stream stream) {
-  check_has_backward(plan);
+  check_has_backward(plan.impl());
   forward_into(plan, inputs, &selection, outputs, workspace, stream);
 }
 
@@ -317,7 +288,7 @@ void rope(const Plan& plan, const Inputs& inputs, const Tensor& q_rotated, const
 
 void pool(const Plan& plan, const Inputs& inputs, const Tensor& centroids, Workspace workspace, Stream stream) {
   const Call call = make_call(plan, inputs, kK, workspace, stream);
-  check_centroids(plan, centroids, true);
+  check_centroids(plan.impl(), centroids, true);
   const Region written[] = {{"centroids", centroids}, {"workspace", workspace}};
   check_no_overlap(written, regions(inputs, kK));
   plan.impl().steps->pool(call, tidy(centroids));
@@ -326,7 +297,7 @@ void pool(const Plan& plan, const Inputs& inputs, const Tensor& centroids, Works
 void gate(const Plan& plan, const Inputs& inputs, const ConstTensor& centroids, const Selection& selection,
           Workspace workspace, Stream stream) {
   const Call call = make_call(plan, inputs, kQ, workspace, stream);
-  check_centroids(plan, centroids, false);
+  check_centroids(plan.impl(), centroids, false);
   check_selection_rows(plan.impl(), selection, true);
   if (selection.offsets.given()) check_selection_transpose(plan.impl(), selection);
   const Region written[] = {{"selection.ids", selection.ids},
@@ -379,7 +350,7 @@ void attend(const Plan& plan, const Inputs& inputs, const Selection& selection, 
   } else {
     check_selection_rows(plan.impl(), selection, false);
   }
-  check_outputs(plan, outputs);
+  check_outputs(plan.impl(), outputs);
   const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
   std::vector<Region> read = regions(inputs, kQ | kK | kV);
   if (on_host) {
@@ -404,7 +375,7 @@ void merge(const Plan& plan, std::span<const Outputs> partials, const Outputs& o
     read.emplace_back("partial out", partial.out);
     read.emplace_back("partial lse", partial.lse);
   }
-  check_outputs(plan, outputs);
+  check_outputs(plan.impl(), outputs);
   const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}};
   check_no_overlap(written, read);
   const Call call{plan.impl(), {}, {}, {}, {}, {}, {}, {}, stream};

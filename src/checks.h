@@ -30,8 +30,8 @@ struct Expected {
   bool output = false;  // strides must not map two elements to one place
   bool last_stride_1 = true;
 };
-// A tensor in the memory that the plan's backend works on. Device kernels read and write the tensors of a 16-bit type in
-// pieces of 16 bytes, and must be able to.
+// A tensor in the memory that the plan's backend works on. Device kernels read and write the tensors of a 16-bit type
+// in pieces of 16 bytes, and must be able to.
 void check_tensor(const Plan::Impl& plan, const ConstTensor& tensor, const Expected& expected);
 // The same of a problem's own tensors, while it is planned for `device`.
 void check_tensor(Device device, int device_index, const ConstTensor& tensor, const Expected& expected);
@@ -53,6 +53,15 @@ void check_no_overlap(std::span<const Region> outputs, std::span<const Region> i
 
 // `what` names the function of Plan that says what is needed.
 void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t needed, std::string_view what);
+
+// Functions that the cuda backend does not have yet.
+void check_has_backward(const Plan::Impl& plan);
+
+// Results against the shapes of the plan: written, or read again by backward; and what else it reads and writes.
+void check_outputs(const Plan::Impl& plan, const Outputs& outputs);
+void check_results(const Plan::Impl& plan, const ConstOutputs& results, const ConstTensor& dout);
+void check_gradients(const Plan::Impl& plan, const Gradients& gradients);
+void check_centroids(const Plan::Impl& plan, const ConstTensor& centroids, bool output);
 
 // A selection against the shapes of the plan: ids and counts, or the transpose.
 void check_selection_rows(const Plan::Impl& plan, const Selection& selection, bool per_query_head);

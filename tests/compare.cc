@@ -78,7 +78,7 @@ reference::Rows dense_f64(Runner& run, const Inputs& inputs) {
 
 reference::Rows brute_force(const Case& c, const Data& data, const Chosen* chosen) {
   const std::int64_t tokens = c.total_q(), d = c.head_dim, group = c.q_heads / c.kv_heads;
-  const double scale = c.config.scale.value_or(1.0 / std::sqrt(static_cast<double>(d)));
+  const double scale = scale_of(c);
   reference::Rows rows{std::vector<double>(static_cast<std::size_t>(tokens * c.q_heads * d)),
                        std::vector<double>(static_cast<std::size_t>(tokens * c.q_heads))};
   for (const Place& s : places(c.q_lengths, c.k_lengths, c.config.block_size)) {

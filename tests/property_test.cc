@@ -121,8 +121,8 @@ RC_GTEST_PROP(Property, GradientsAreCloseToFloat64, ()) {
   Attention results = run.forward(data.inputs(), chosen, c.outputs);
   const Slopes got = run.backward(data.inputs(), chosen, results, dout, c.outputs);
   Chosen* const read = run.plan().forward_is_dense() ? nullptr : &chosen;
-  require(close(got, backward_f64(run, data.inputs(), read, dout, &results), data, dout,
-                1 / std::sqrt(static_cast<double>(c.head_dim)), gradient_bound(c.dtype)),
+  require(close(got, backward_f64(run, data.inputs(), read, dout, &results), data, dout, scale_of(c),
+                gradient_bound(c.dtype)),
           describe(options));
   RC_ASSERT(got.surroundings_untouched());
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cmath>
 #include <numeric>
 #include <set>
 
@@ -169,6 +170,8 @@ std::string case_name(const ::testing::TestParamInfo<Case>& info) {
   for (char& letter : text) letter = std::isalnum(static_cast<unsigned char>(letter)) ? letter : '_';
   return text;
 }
+
+double scale_of(const Case& c) { return c.config.scale.value_or(1.0 / std::sqrt(static_cast<double>(c.head_dim))); }
 
 Array starts(const std::vector<std::int64_t>& lengths) {
   Array cu(DType::i32, {std::ssize(lengths) + 1});

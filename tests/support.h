@@ -116,6 +116,9 @@ std::ostream& operator<<(std::ostream& stream, const Case& c);
 // The name of a test that is made for each of several cases.
 std::string case_name(const ::testing::TestParamInfo<Case>& info);
 
+// The scale of the scores of a case, given or by default.
+double scale_of(const Case& c);
+
 Array starts(const std::vector<std::int64_t>& lengths);
 
 struct Data {

@@ -135,7 +135,7 @@ class BackwardChunk {
   }
 
  private:
-  using Seen = std::array<std::int64_t, kGradientRows>;
+  using Seen = std::array<std::int64_t, kRowTile>;
 
   std::int64_t visible(const Sequence& sequence, std::int64_t row, std::int64_t tile, std::int64_t keys) const {
     const std::int64_t position = sequence.first_position() + row / group_ - sequence.q_begin;
@@ -169,7 +169,7 @@ class BackwardChunk {
     std::fill_n(s_.dk, keys * sum_stride_, 0.0f);
     std::fill_n(s_.dv, keys * sum_stride_, 0.0f);
     while (!rows.empty()) {
-      const auto now = rows.first(std::min<std::size_t>(rows.size(), kGradientRows));
+      const auto now = rows.first(std::min<std::size_t>(rows.size(), kRowTile));
       rows = rows.subspan(now.size());
       visit_rows(sequence, tile, keys, now, finite);
     }
@@ -199,12 +199,12 @@ class BackwardChunk {
     }
   }
 
-  // At most kGradientRows rows against the packed tile.
+  // At most kRowTile rows against the packed tile.
   void visit_rows(const Sequence& sequence, std::int64_t tile, std::int64_t keys, std::span<const std::int32_t> rows,
                   bool finite) {
     const std::int64_t n = std::ssize(rows), most = visible(sequence, rows.back(), tile, keys);
     Seen seen;
-    std::array<float*, kGradientRows> p, ds, dq;
+    std::array<float*, kRowTile> p, ds, dq;
     for (std::int64_t i = 0; i < n; ++i) {
       const std::int64_t row = rows[static_cast<std::size_t>(i)], at = row - first_row_;
       widen_row(call_.q, row, s_.q + i * stride_);

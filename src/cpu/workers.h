@@ -96,7 +96,6 @@ struct RopeTask {
   float factor = 1.0f;     // on the elements, before they are rotated
 };
 
-inline constexpr std::int64_t kGradientRows = 96;            // query rows of one tile of backward; a multiple of 6
 inline constexpr std::int64_t kScoreStride = kKeyTile + 16;  // see odd_lines
 // Floats of a row that begins every odd number of cache lines: columns of such rows do not fall into few sets of L1.
 constexpr std::int64_t odd_lines(std::int64_t n) { return (ceil_div(n, kMaxLanes) | 1) * kMaxLanes; }
@@ -119,8 +118,8 @@ struct BackwardScratch {
   std::int32_t* row_ids;  // [rows], dense_backward only
   float *keys, *values;   // packed: [d][kKeyTile]
   float* key_rows;        // [kKeyTile][odd_lines(d)]
-  float *q, *dout;        // [kGradientRows][odd_lines(d)]
-  float *p, *ds;          // [kGradientRows][kScoreStride]
+  float *q, *dout;        // [kRowTile][odd_lines(d)]
+  float *p, *ds;          // [kRowTile][kScoreStride]
   float *dk, *dv;         // [kKeyTile][sum_stride(d)]
   RopeScratch rope;
 
