@@ -84,12 +84,14 @@ class MOBA_EXPORT Plan {
   const Problem& problem() const;
   const Options& options() const;
 
-  // Bytes of scratch that any function taking this plan may use, but for the backward ones: all the memory a call takes beyond its tensors, but on
-  // the cpu for about 100 bytes a sequence of the batch. (The reference backend allocates some more inside its loops.)
+  // Bytes of scratch that any function taking this plan may use, but for the backward ones: all the memory a call takes
+  // beyond its tensors, but on the cpu for about 100 bytes a sequence of the batch. (The reference backend allocates
+  // some more inside its loops.)
   std::size_t workspace_bytes() const;
-  // The same of backward and dense_backward, which need more (sums of dk and dv in float32). 0 on cuda, which has neither.
+  // The same of backward and dense_backward, which need more: sums of dk and dv in float32. 0 on cuda, which has
+  // neither.
   std::size_t backward_workspace_bytes() const;
-  // Whether forward is dense(): where the longest sequence allowed has at most top_k blocks, every row chooses all of them.
+  // Whether forward is dense(): the longest sequence allowed has at most top_k blocks, so every row chooses all of them.
   bool forward_is_dense() const;
   // Bytes of a Selection (moba/attention.h), shared by the heads of a key head or not.
   std::size_t selection_bytes(bool shared = false) const;
