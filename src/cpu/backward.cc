@@ -31,27 +31,6 @@
 #include "cpu/workers.h"
 #include "parallel.h"
 
-#ifndef MOBA_CPU_BACKWARD_JOB
-#define MOBA_CPU_BACKWARD_JOB
-namespace moba::cpu {
-
-// One call of backward, or without a selection of dense_backward.
-struct BackwardJob {
-  const Call& call;
-  const Selection* selection;
-  const Cotangents& given;
-  const Gradients& gradients;
-  const BackwardSums& sums;
-};
-
-// Tokens [begin, end) of one key head.
-struct BackwardPart {
-  std::int64_t kv_head, begin, end;
-};
-
-}  // namespace moba::cpu
-#endif
-
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
 

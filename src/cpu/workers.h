@@ -126,6 +126,19 @@ struct BackwardScratch {
   BackwardScratch(Carver& carver, const Plan::Impl& plan, std::int64_t rows);
 };
 
+// One call of backward, or without a selection of dense_backward; and what of it is one task: tokens [begin, end) of a
+// key head.
+struct BackwardJob {
+  const Call& call;
+  const Selection* selection;
+  const Cotangents& given;
+  const Gradients& gradients;
+  const BackwardSums& sums;
+};
+struct BackwardPart {
+  std::int64_t kv_head, begin, end;
+};
+
 // index: chunks of tokens that are counted apart, each with a counter per (key head, block).
 inline std::int64_t index_chunks(const Plan::Impl& plan) {
   return std::clamp<std::int64_t>(ceil_div(plan.problem.total_q, 256), 1, std::min(64, 4 * plan.threads));
