@@ -1,6 +1,7 @@
 #include "cpu_figures.h"
 
 #include <cstdio>
+#include <cstring>
 #include <optional>
 
 #include "blas.h"
@@ -50,16 +51,29 @@ class Workload {
         selected_(plan.selection_bytes()),
         routed_(plan.selection_bytes()),
         workspace_(plan.workspace_bytes()),
+        dout_(random_.q.size()),
+        dq_(random_.q.size()),
+        dk_(random_.k.size()),
+        dv_(random_.v.size()),
+        backward_workspace_(plan.backward_workspace_bytes()),
         selection_(make_selection(plan, selected_.span())),
         routing_(make_selection(plan, routed_.span())) {
     outputs_.out = Tensor(out_.data(), problem.dtype, {problem.total_q, problem.q_heads, problem.head_dim});
     outputs_.lse = Tensor(lse_.data(), DType::f32, {problem.q_heads, problem.total_q});
     representatives_ =
         Tensor(centroids_.data(), problem.dtype, {plan.max_blocks(), problem.kv_heads, problem.head_dim});
+    results_ = {outputs_.out, outputs_.lse};
+    const auto like = [](const ConstTensor& tensor, const cli::Buffer& memory) {
+      return Tensor(memory.data(), tensor.dtype, {tensor.shape[0], tensor.shape[1], tensor.shape[2]});
+    };
+    std::memcpy(dout_.data(), random_.q.data(), dout_.size());  // noise as any other
+    dout_view_ = like(inputs_.q, dout_);
+    gradients_ = {like(inputs_.q, dq_), like(inputs_.k, dk_), like(inputs_.v, dv_)};
     // So that each stage can be timed on its own, in any order.
     select();
     pool();
     gate();
+    attend();
   }
 
   void pool() { moba::pool(plan, inputs_, representatives_, workspace_.span()); }
@@ -69,6 +83,9 @@ class Workload {
   void forward() { forward(workspace_.span()); }
   void forward(Workspace workspace) { moba::forward(plan, inputs_, outputs_, workspace); }
   void dense() { moba::dense(plan, inputs_, outputs_, workspace_.span()); }
+  void backward() {
+    moba::backward(plan, inputs_, selection_, results_, dout_view_, gradients_, backward_workspace_.span());
+  }
 
   const Plan plan;
 
@@ -77,10 +94,13 @@ class Workload {
 
   cli::RandomInputs random_;
   Inputs inputs_;
-  cli::Buffer out_, lse_, centroids_, selected_, routed_, workspace_;
+  cli::Buffer out_, lse_, centroids_, selected_, routed_, workspace_, dout_, dq_, dk_, dv_, backward_workspace_;
   Selection selection_;  // what attend reads
   Selection routing_;    // what gate and index write
   Outputs outputs_;
+  ConstOutputs results_;
+  ConstTensor dout_view_;
+  Gradients gradients_;
   Tensor representatives_;
 };
 
@@ -120,6 +140,7 @@ void cpu_figures(int threads, int repetitions) {
   things["attend"] = [&] { gqa.attend(); };
   things["attend_bf16"] = [&] { gqa_bf16.attend(); };
   if (other_bf16) things["attend_bf16_other"] = [&] { other_bf16->attend(); };
+  things["backward"] = [&] { gqa.backward(); };
   things["moba_32k"] = [&] { head.forward(); };
   things["dense_32k"] = [&] { head.dense(); };
   const auto seconds = best_seconds(things, repetitions);
@@ -137,6 +158,8 @@ void cpu_figures(int threads, int repetitions) {
     figure(bf16_support().preferred ? "attend_bf16_widen" : "attend_bf16_dot", rate(work.attend, "attend_bf16_other"),
            "GFLOP/s");
   }
+  figure("backward", rate(work.backward, "backward"), "GFLOP/s");
+  figure("backward_over_sgemm", rate(work.backward, "backward") / blas, "ratio");
   figure("pool", seconds.at("pool") * 1e3, "ms");
   figure("gate", seconds.at("gate") * 1e3, "ms");
   figure("index", seconds.at("index") * 1e3, "ms");

@@ -51,13 +51,25 @@ void check_device_cu_seqlens(std::string_view argument, const ConstTensor& tenso
   if (tensor.given() || batch > 1) check_tensor(plan, tensor, {argument, DType::i32, {batch + 1}});
 }
 
-Call make_call(const Plan& given, const Inputs& inputs, unsigned reads, Workspace workspace, Stream stream) {
+// The workspace of a call: how much of it is needed, by which name of Plan's, and how much of that is scratch.
+struct Needs {
+  std::size_t bytes;
+  std::string_view name;
+  std::size_t scratch_bytes;
+};
+Needs forward_needs(const Plan& plan) { return {plan.workspace_bytes(), "workspace_bytes", plan.impl().scratch_bytes}; }
+Needs backward_needs(const Plan& plan) {
+  return {plan.backward_workspace_bytes(), "backward_workspace_bytes", plan.impl().backward_scratch_bytes};
+}
+
+Call make_call(const Plan& given, const Inputs& inputs, unsigned reads, Workspace workspace, Stream stream,
+               const Needs& needs) {
   const Plan::Impl& plan = given.impl();
   const Problem& p = plan.problem;
   if (reads & kQ) check_tensor(plan, inputs.q, {"q", p.dtype, {p.total_q, p.q_heads, p.head_dim}});
   if (reads & kK) check_tensor(plan, inputs.k, {"k", p.dtype, {p.total_k, p.kv_heads, p.head_dim}});
   if (reads & kV) check_tensor(plan, inputs.v, {"v", p.dtype, {p.total_k, p.kv_heads, p.head_dim}});
-  check_workspace(plan, workspace, given.workspace_bytes());
+  check_workspace(plan, workspace, needs.bytes, needs.name);
   Call call{plan, tidy(inputs.q), tidy(inputs.k), tidy(inputs.v), {}, {}, {}, {}, stream};
   if (plan.device == Device::cpu) {
     call.sequences = sequences_of(plan, inputs);
@@ -68,8 +80,11 @@ Call make_call(const Plan& given, const Inputs& inputs, unsigned reads, Workspac
     call.cu_seqlens_k = inputs.cu_seqlens_k;
   }
   const std::size_t skip = (64 - reinterpret_cast<std::uintptr_t>(workspace.data()) % 64) % 64;
-  call.scratch = workspace.subspan(skip, plan.scratch_bytes);
+  call.scratch = workspace.subspan(skip, needs.scratch_bytes);
   return call;
+}
+Call make_call(const Plan& plan, const Inputs& inputs, unsigned reads, Workspace workspace, Stream stream) {
+  return make_call(plan, inputs, reads, workspace, stream, forward_needs(plan));
 }
 
 // Everything a call reads, for the overlap check.
@@ -81,16 +96,12 @@ std::vector<Region> regions(const Inputs& inputs, unsigned reads) {
   return all;
 }
 
-void check_outputs(const Plan& plan, const Outputs& outputs) {
-  const Problem& p = plan.problem();
-  check_tensor(plan.impl(), outputs.out, {"out", p.dtype, {p.total_q, p.q_heads, p.head_dim}, true});
-  if (outputs.lse.given())
-    check_tensor(plan.impl(), outputs.lse, {"lse", DType::f32, {p.q_heads, p.total_q}, true, false});
-}
-
-void check_centroids(const Plan& plan, const ConstTensor& centroids, bool output) {
-  const Problem& p = plan.problem();
-  check_tensor(plan.impl(), centroids, {"centroids", p.dtype, {plan.max_blocks(), p.kv_heads, p.head_dim}, output});
+// Everything of a selection that forward and select write.
+std::vector<Region> selection_regions(const Selection& selection) {
+  return {{"selection.ids", selection.ids},
+          {"selection.counts", selection.counts},
+          {"selection.offsets", selection.offsets},
+          {"selection.rows", selection.rows}};
 }
 
 // The pieces of the workspace behind the scratch, in the order of their use.
@@ -127,45 +138,112 @@ Intermediates take_rotated(const Plan& plan, Stack& stack) {
   return memory;
 }
 
-void dense_rotated(const Plan& plan, const Call& given, const Intermediates& memory, const Outputs& outputs) {
-  const Steps& steps = *plan.impl().steps;
-  if (!plan.problem().rope) return steps.dense(given, outputs);
+// The same call with q and k rotated, if the plan has a rope.
+Call rotated(const Call& given, const Intermediates& memory) {
+  if (!given.plan.rope) return given;
+  given.plan.steps->rope(given, memory.q_rotated, memory.k_rotated);
   Call call = given;
-  steps.rope(given, memory.q_rotated, memory.k_rotated);
   call.q = memory.q_rotated;
   call.k = memory.k_rotated;
-  steps.dense(call, outputs);
+  return call;
 }
 
-// What forward and dense check.
-Call checked_attention(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace,
-                       Stream stream) {
+// What forward and dense check. `kept` is the selection that forward keeps, or null.
+Call checked_attention(const Plan& plan, const Inputs& inputs, const Selection* kept, const Outputs& outputs,
+                       Workspace workspace, Stream stream) {
   Call call = make_call(plan, inputs, kQ | kK | kV, workspace, stream);
-  check_outputs(plan, outputs);
-  const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
+  check_outputs(plan.impl(), outputs);
+  std::vector<Region> written{{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
+  if (kept != nullptr) {
+    check_selection_rows(plan.impl(), *kept, true);
+    check_selection_transpose(plan.impl(), *kept);
+    for (const Region& region : selection_regions(*kept)) written.push_back(region);
+  }
   check_no_overlap(written, regions(inputs, kQ | kK | kV));
   check_positions(call);
   return call;
 }
 
-}  // namespace
-
-void forward(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace, Stream stream) {
-  const Call call = checked_attention(plan, inputs, outputs, workspace, stream);
+// forward, into `kept` or, where that is null, a selection in the workspace.
+void forward_into(const Plan& plan, const Inputs& inputs, const Selection* kept, const Outputs& outputs,
+                  Workspace workspace, Stream stream) {
+  const bool is_dense = plan.forward_is_dense();
+  const Call call = checked_attention(plan, inputs, is_dense ? nullptr : kept, outputs, workspace, stream);
   Stack stack(call, plan.problem());
   Intermediates memory = take_rotated(plan, stack);
-  if (plan.impl().forward_is_dense) return dense_rotated(plan, call, memory, tidy(outputs));
+  if (is_dense) return plan.impl().steps->dense(rotated(call, memory), tidy(outputs));
   memory.centroids = stack.tensor(plan.impl().centroids_bytes, plan.max_blocks(), plan.problem().kv_heads);
-  if (plan.impl().selection_bytes > 0) {
+  if (kept != nullptr) {
+    memory.selection = tidy(*kept);
+  } else if (plan.impl().selection_bytes > 0) {
     memory.selection = make_selection(plan, stack.take(plan.impl().selection_bytes));
   }
   plan.impl().steps->forward(call, memory, tidy(outputs));
 }
 
+// What the backward functions check. `selection` is null where all keys are attended to.
+Call checked_backward(const Plan& plan, const Inputs& inputs, const Selection* selection, const ConstOutputs& results,
+                      const ConstTensor& dout, const Gradients& gradients, Workspace workspace, Stream stream) {
+  check_has_backward(plan.impl());
+  Call call = make_call(plan, inputs, kQ | kK | kV, workspace, stream, backward_needs(plan));
+  check_results(plan.impl(), results, dout);
+  check_gradients(plan.impl(), gradients);
+  std::vector<Region> read = regions(inputs, kQ | kK | kV);
+  read.insert(read.end(), {{"results.out", results.out}, {"results.lse", results.lse}, {"dout", dout}});
+  if (selection != nullptr) {
+    check_selection_transpose(plan.impl(), *selection);
+    read.insert(read.end(), {{"selection.offsets", selection->offsets}, {"selection.rows", selection->rows}});
+  }
+  const Region written[] = {{"gradients.dq", gradients.dq},
+                            {"gradients.dk", gradients.dk},
+                            {"gradients.dv", gradients.dv},
+                            {"workspace", workspace}};
+  check_no_overlap(written, read);
+  check_positions(call);
+  if (selection != nullptr) check_transpose(call, *selection);
+  return call;
+}
+
+// backward over the selection, or, where that is null, over all keys.
+void backward_over(const Plan& plan, const Inputs& inputs, const Selection* selection, const ConstOutputs& results,
+                   const ConstTensor& dout, const Gradients& gradients, Workspace workspace, Stream stream) {
+  const Call given = checked_backward(plan, inputs, selection, results, dout, gradients, workspace, stream);
+  Stack stack(given, plan.problem());
+  const Call call = rotated(given, take_rotated(plan, stack));
+  const Cotangents cotangents{tidy(results.out), tidy(results.lse), tidy(dout)};
+  const Gradients into{tidy(gradients.dq), tidy(gradients.dk), tidy(gradients.dv)};
+  const Steps& steps = *plan.impl().steps;
+  if (selection == nullptr) return steps.dense_backward(call, cotangents, into);
+  steps.backward(call, tidy(*selection), cotangents, into);
+}
+
+}  // namespace
+
+void forward(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace, Stream stream) {
+  forward_into(plan, inputs, nullptr, outputs, workspace, stream);
+}
+
+void forward(const Plan& plan, const Inputs& inputs, const Selection& selection, const Outputs& outputs,
+             Workspace workspace, Stream stream) {
+  check_has_backward(plan.impl());
+  forward_into(plan, inputs, &selection, outputs, workspace, stream);
+}
+
 void dense(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace, Stream stream) {
-  const Call call = checked_attention(plan, inputs, outputs, workspace, stream);
+  const Call call = checked_attention(plan, inputs, nullptr, outputs, workspace, stream);
   Stack stack(call, plan.problem());
-  dense_rotated(plan, call, take_rotated(plan, stack), tidy(outputs));
+  plan.impl().steps->dense(rotated(call, take_rotated(plan, stack)), tidy(outputs));
+}
+
+void backward(const Plan& plan, const Inputs& inputs, const Selection& selection, const ConstOutputs& results,
+              const ConstTensor& dout, const Gradients& gradients, Workspace workspace, Stream stream) {
+  backward_over(plan, inputs, plan.forward_is_dense() ? nullptr : &selection, results, dout, gradients, workspace,
+                stream);
+}
+
+void dense_backward(const Plan& plan, const Inputs& inputs, const ConstOutputs& results, const ConstTensor& dout,
+                    const Gradients& gradients, Workspace workspace, Stream stream) {
+  backward_over(plan, inputs, nullptr, results, dout, gradients, workspace, stream);
 }
 
 Selection make_selection(const Plan& plan, std::span<std::byte> memory, bool shared) {
@@ -210,7 +288,7 @@ void rope(const Plan& plan, const Inputs& inputs, const Tensor& q_rotated, const
 
 void pool(const Plan& plan, const Inputs& inputs, const Tensor& centroids, Workspace workspace, Stream stream) {
   const Call call = make_call(plan, inputs, kK, workspace, stream);
-  check_centroids(plan, centroids, true);
+  check_centroids(plan.impl(), centroids, true);
   const Region written[] = {{"centroids", centroids}, {"workspace", workspace}};
   check_no_overlap(written, regions(inputs, kK));
   plan.impl().steps->pool(call, tidy(centroids));
@@ -219,7 +297,7 @@ void pool(const Plan& plan, const Inputs& inputs, const Tensor& centroids, Works
 void gate(const Plan& plan, const Inputs& inputs, const ConstTensor& centroids, const Selection& selection,
           Workspace workspace, Stream stream) {
   const Call call = make_call(plan, inputs, kQ, workspace, stream);
-  check_centroids(plan, centroids, false);
+  check_centroids(plan.impl(), centroids, false);
   check_selection_rows(plan.impl(), selection, true);
   if (selection.offsets.given()) check_selection_transpose(plan.impl(), selection);
   const Region written[] = {{"selection.ids", selection.ids},
@@ -253,11 +331,8 @@ void select(const Plan& plan, const Inputs& inputs, const Selection& selection, 
   const Call call = make_call(plan, inputs, kQ | kK, workspace, stream);
   check_selection_rows(plan.impl(), selection, true);
   check_selection_transpose(plan.impl(), selection);
-  const Region written[] = {{"selection.ids", selection.ids},
-                            {"selection.counts", selection.counts},
-                            {"selection.offsets", selection.offsets},
-                            {"selection.rows", selection.rows},
-                            {"workspace", workspace}};
+  std::vector<Region> written = selection_regions(selection);
+  written.emplace_back("workspace", workspace);
   check_no_overlap(written, regions(inputs, kQ | kK));
   Stack stack(call, p);
   const Tensor centroids = stack.tensor(plan.impl().centroids_bytes, plan.max_blocks(), p.kv_heads);
@@ -275,7 +350,7 @@ void attend(const Plan& plan, const Inputs& inputs, const Selection& selection, 
   } else {
     check_selection_ids(plan.impl(), selection, false);
   }
-  check_outputs(plan, outputs);
+  check_outputs(plan.impl(), outputs);
   const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
   std::vector<Region> read = regions(inputs, kQ | kK | kV);
   if (on_host) {
@@ -300,7 +375,7 @@ void merge(const Plan& plan, std::span<const Outputs> partials, const Outputs& o
     read.emplace_back("partial out", partial.out);
     read.emplace_back("partial lse", partial.lse);
   }
-  check_outputs(plan, outputs);
+  check_outputs(plan.impl(), outputs);
   const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}};
   check_no_overlap(written, read);
   const Call call{plan.impl(), {}, {}, {}, {}, {}, {}, {}, stream};

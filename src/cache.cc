@@ -21,7 +21,7 @@ AnyTensor tidy(AnyTensor tensor) {
 }
 
 void check_memory(const CachePlan& plan, Workspace workspace) {
-  check_workspace(plan.impl().plan.impl(), workspace, plan.workspace_bytes());
+  check_workspace(plan.impl().plan.impl(), workspace, plan.workspace_bytes(), "plan.workspace_bytes()");
 }
 
 void take_workspace(CacheCall& call, Workspace workspace) {

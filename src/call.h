@@ -33,7 +33,7 @@ struct Call {
   ConstTensor q, k, v;              // [Tq, Hq, d], [Tk, Hk, d], [Tk, Hk, d]
   std::vector<Sequence> sequences;  // empty for device calls, whose tables only the device can read:
   ConstTensor cu_seqlens_q, cu_seqlens_k;
-  Workspace scratch;  // plan.scratch_bytes, 64-byte aligned
+  Workspace scratch;  // plan.scratch_bytes (backward: plan.backward_scratch_bytes), 64-byte aligned
   Stream stream;
   KeyPages k_pages = {}, v_pages = {};  // of the one sequence of a call over a cache, which only attend of the cpu sees
 };
@@ -43,6 +43,12 @@ struct Intermediates {
   Tensor q_rotated, k_rotated;  // as q and k; only with a rope
   Tensor centroids;             // [max_blocks, Hk, d]
   Selection selection;          // not for device backends, which choose and attend slab by slab
+};
+
+// What a backward step reads of the forward one and of what follows it.
+struct Cotangents {
+  ConstTensor out, lse;  // [Tq, Hq, d], f32 [Hq, Tq]
+  ConstTensor dout;      // [Tq, Hq, d]
 };
 
 // n / by rounded up, for n >= 0 and any by > 0, however large.
@@ -60,7 +66,9 @@ inline std::int64_t visible_keys(std::int64_t position, std::int64_t start, std:
 
 // The steps; every backend has the same ones with the same names, in a namespace of its own. Stage by stage they are
 // what moba/attention.h says of the functions of the same name; forward is all of them, after the choice of full
-// attention (Plan::Impl::forward_is_dense).
+// attention (Plan::Impl::forward_is_dense). backward and dense_backward take the q and k that were attended to, so
+// rotated ones where the plan has a rope, and there they turn dq and dk back: those are the gradients of the unrotated
+// q and k. They are null where a backend has none.
 struct Steps {
   void (*rope)(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated);
   void (*pool)(const Call& call, const Tensor& centroids);
@@ -70,16 +78,20 @@ struct Steps {
   void (*dense)(const Call& call, const Outputs& outputs);
   void (*merge)(const Call& call, std::span<const Outputs> partials, const Outputs& outputs);
   void (*forward)(const Call& call, const Intermediates& memory, const Outputs& outputs);
+  void (*backward)(const Call& call, const Selection& selection, const Cotangents& given, const Gradients& gradients);
+  void (*dense_backward)(const Call& call, const Cotangents& given, const Gradients& gradients);
 };
 
-#define MOBA_DECLARE_STEPS                                                               \
-  void rope(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated);         \
-  void pool(const Call& call, const Tensor& centroids);                                  \
-  void gate(const Call& call, const ConstTensor& centroids, const Selection& selection); \
-  void index(const Call& call, const Selection& selection);                              \
-  void attend(const Call& call, const Selection& selection, const Outputs& outputs);     \
-  void dense(const Call& call, const Outputs& outputs);                                  \
-  void merge(const Call& call, std::span<const Outputs> partials, const Outputs& outputs);
+#define MOBA_DECLARE_STEPS                                                                                          \
+  void rope(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated);                                    \
+  void pool(const Call& call, const Tensor& centroids);                                                             \
+  void gate(const Call& call, const ConstTensor& centroids, const Selection& selection);                            \
+  void index(const Call& call, const Selection& selection);                                                         \
+  void attend(const Call& call, const Selection& selection, const Outputs& outputs);                                \
+  void dense(const Call& call, const Outputs& outputs);                                                             \
+  void merge(const Call& call, std::span<const Outputs> partials, const Outputs& outputs);                          \
+  void backward(const Call& call, const Selection& selection, const Cotangents& given, const Gradients& gradients); \
+  void dense_backward(const Call& call, const Cotangents& given, const Gradients& gradients);
 
 namespace reference {
 MOBA_DECLARE_STEPS

@@ -180,13 +180,44 @@ void check_no_overlap(std::span<const Region> outputs, std::span<const Region> i
   }
 }
 
-void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t needed) {
+void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t needed, std::string_view what) {
   if (workspace.size() < needed) {
     refuse("workspace", std::to_string(workspace.size()) + " bytes",
-           "at least plan.workspace_bytes(), " + std::to_string(needed));
+           "at least plan." + std::string(what) + "(), " + std::to_string(needed));
   }
   if (workspace.data() == nullptr && needed > 0) refuse("workspace", "a null pointer", "a pointer");
   if (plan.device == Device::cuda) check_device_memory("workspace", workspace.data(), plan.options.cuda_device);
+}
+
+void check_has_backward(const Plan::Impl& plan) {
+  if (plan.steps->backward != nullptr) return;
+  refuse("plan.options.backend", name(plan.options.backend),
+         "cpu, reference: the others have no backward, nor a forward that keeps its selection");
+}
+
+void check_outputs(const Plan::Impl& plan, const Outputs& outputs) {
+  const Problem& p = plan.problem;
+  check_tensor(plan, outputs.out, {"out", p.dtype, {p.total_q, p.q_heads, p.head_dim}, true});
+  if (outputs.lse.given()) check_tensor(plan, outputs.lse, {"lse", DType::f32, {p.q_heads, p.total_q}, true, false});
+}
+
+void check_results(const Plan::Impl& plan, const ConstOutputs& results, const ConstTensor& dout) {
+  const Problem& p = plan.problem;
+  check_tensor(plan, results.out, {"results.out", p.dtype, {p.total_q, p.q_heads, p.head_dim}});
+  check_tensor(plan, results.lse, {"results.lse", DType::f32, {p.q_heads, p.total_q}, false, false});
+  check_tensor(plan, dout, {"dout", p.dtype, {p.total_q, p.q_heads, p.head_dim}});
+}
+
+void check_gradients(const Plan::Impl& plan, const Gradients& gradients) {
+  const Problem& p = plan.problem;
+  check_tensor(plan, gradients.dq, {"gradients.dq", p.dtype, {p.total_q, p.q_heads, p.head_dim}, true});
+  check_tensor(plan, gradients.dk, {"gradients.dk", p.dtype, {p.total_k, p.kv_heads, p.head_dim}, true});
+  check_tensor(plan, gradients.dv, {"gradients.dv", p.dtype, {p.total_k, p.kv_heads, p.head_dim}, true});
+}
+
+void check_centroids(const Plan::Impl& plan, const ConstTensor& centroids, bool output) {
+  const Problem& p = plan.problem;
+  check_tensor(plan, centroids, {"centroids", p.dtype, {plan.max_blocks, p.kv_heads, p.head_dim}, output});
 }
 
 std::int64_t check_selection_ids(const Plan::Impl& plan, const Selection& selection, bool per_query_head) {

@@ -51,7 +51,17 @@ struct Region {
 // No output may touch an input or another output.
 void check_no_overlap(std::span<const Region> outputs, std::span<const Region> inputs);
 
-void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t needed);
+// `what` names the function of Plan that says what is needed.
+void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t needed, std::string_view what);
+
+// Functions that the cuda backend does not have yet.
+void check_has_backward(const Plan::Impl& plan);
+
+// Results against the shapes of the plan: written, or read again by backward; and what else it reads and writes.
+void check_outputs(const Plan::Impl& plan, const Outputs& outputs);
+void check_results(const Plan::Impl& plan, const ConstOutputs& results, const ConstTensor& dout);
+void check_gradients(const Plan::Impl& plan, const Gradients& gradients);
+void check_centroids(const Plan::Impl& plan, const ConstTensor& centroids, bool output);
 
 // A selection against the shapes of the plan: ids (returns their heads), ids and counts, or the transpose.
 std::int64_t check_selection_ids(const Plan::Impl& plan, const Selection& selection, bool per_query_head);

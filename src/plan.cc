@@ -114,12 +114,18 @@ const Problem& Plan::problem() const { return impl_->problem; }
 const Options& Plan::options() const { return impl_->options; }
 std::int64_t Plan::slots() const { return impl_->slots; }
 std::int64_t Plan::max_blocks() const { return impl_->max_blocks; }
+bool Plan::forward_is_dense() const { return impl_->forward_is_dense; }
 int Plan::threads() const { return impl_->threads; }
 
 std::size_t Plan::workspace_bytes() const {
   // 64 more than the pieces: the caller's memory may start anywhere.
   return 64 + aligned(impl_->scratch_bytes) + impl_->q_rotated_bytes + impl_->k_rotated_bytes + impl_->centroids_bytes +
          impl_->selection_bytes;
+}
+
+std::size_t Plan::backward_workspace_bytes() const {
+  if (impl_->steps->backward == nullptr) return 0;
+  return 64 + aligned(impl_->backward_scratch_bytes) + impl_->q_rotated_bytes + impl_->k_rotated_bytes;
 }
 
 std::size_t Plan::selection_bytes(bool shared) const {
@@ -158,6 +164,8 @@ Arithmetic Plan::arithmetic(const std::vector<std::int64_t>& cu_seqlens_q,
     sum.attend += 4 * d * kept;
     sum.dense += 4 * d * heads * pairs_kept(full, q_len, k_len);
   }
+  sum.backward = 2.5 * sum.attend;  // five products where the forward has two
+  sum.dense_backward = 2.5 * sum.dense;
   return sum;
 }
 

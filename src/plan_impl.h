@@ -30,13 +30,16 @@ struct Plan::Impl {
   std::shared_ptr<const RopeTable> rope;  // null where the problem has none
 
   // cpu backend
-  std::int64_t cpu_target = 0;   // Highway target bit
-  bool bf16_dot = false;         // bfloat16 pair products
-  std::int64_t attend_rows = 0;  // rows of one attend task
-  std::int64_t dense_rows = 0;   // rows of one dense task
+  std::int64_t cpu_target = 0;     // Highway target bit
+  bool bf16_dot = false;           // bfloat16 pair products
+  std::int64_t attend_rows = 0;    // rows of one attend task
+  std::int64_t dense_rows = 0;     // rows of one dense task
+  std::int64_t backward_rows = 0;  // rows of one backward task
   std::size_t scratch_per_thread = 0;
 
   std::shared_ptr<const cuda::Setup> cuda;  // cuda backend; null for others
+
+  std::size_t backward_scratch_bytes = 0;  // scratch of backward, and of the rope before it; 0 where there is none
 
   // Workspace of forward: scratch, then the outputs of the inner stages, each 64-byte aligned.
   std::size_t scratch_bytes = 0;

@@ -78,7 +78,7 @@ reference::Rows dense_f64(Runner& run, const Inputs& inputs) {
 
 reference::Rows brute_force(const Case& c, const Data& data, const Chosen* chosen) {
   const std::int64_t tokens = c.total_q(), d = c.head_dim, group = c.q_heads / c.kv_heads;
-  const double scale = c.config.scale.value_or(1.0 / std::sqrt(static_cast<double>(d)));
+  const double scale = scale_of(c);
   reference::Rows rows{std::vector<double>(static_cast<std::size_t>(tokens * c.q_heads * d)),
                        std::vector<double>(static_cast<std::size_t>(tokens * c.q_heads))};
   for (const Place& s : places(c.q_lengths, c.k_lengths, c.config.block_size)) {
@@ -104,6 +104,74 @@ reference::Rows brute_force(const Case& c, const Data& data, const Chosen* chose
     }
   }
   return rows;
+}
+
+Array noise_dout(const Case& c) {
+  Array dout(c.dtype, {c.total_q(), c.q_heads, c.head_dim}, c.inputs);
+  dout.fill(c.seed + 1000);
+  return dout;
+}
+
+reference::GradientRows backward_f64(Runner& run, const Inputs& inputs, Chosen* chosen, const Array& dout,
+                                     const Attention* results) {
+  const Call call = call_of(run.plan(), inputs);
+  const Selection selection = chosen ? chosen->selection() : Selection{};
+  const reference::Rows rows = results  ? reference::Rows{results->out.numbers(), results->lse.numbers()}
+                               : chosen ? reference::attend_f64(call, selection)
+                                        : reference::dense_f64(call);
+  return chosen ? reference::backward_f64(call, selection, rows, dout.numbers())
+                : reference::dense_backward_f64(call, rows, dout.numbers());
+}
+
+double gradient_bound(DType dtype) { return dtype == DType::f32 ? 1e-5 : dtype == DType::f16 ? 4e-3 : 2e-2; }
+
+namespace {
+
+double norm(const double* row, std::int64_t d) {
+  double sum = 0;
+  for (std::int64_t c = 0; c < d; ++c) sum += row[c] * row[c];
+  return std::sqrt(sum);
+}
+
+// The greatest norm of a row of x.
+double most(const Array& x) {
+  const std::vector<double> numbers = x.numbers();
+  double greatest = 0;
+  for (std::int64_t row = 0; row < std::ssize(numbers); row += x.dim(2)) {
+    greatest = std::max(greatest, norm(&numbers[row], x.dim(2)));
+  }
+  return greatest;
+}
+
+::testing::AssertionResult rows_close(const char* name, const Array& got, const std::vector<double>& expected,
+                                      double bound, double least) {
+  const std::vector<double> is = got.numbers();
+  const std::int64_t d = got.dim(2), rows = got.dim(0) * got.dim(1);
+  const double average =
+      norm(expected.data(), rows * d) / std::sqrt(static_cast<double>(std::max<std::int64_t>(rows, 1)));
+  for (std::int64_t row = 0; row < rows; ++row) {
+    std::vector<double> error(is.begin() + row * d, is.begin() + (row + 1) * d);
+    for (std::int64_t c = 0; c < d; ++c) error[c] -= expected[row * d + c];
+    const double allowed = std::max(bound * std::max(norm(&expected[row * d], d), average), least);
+    if (norm(error.data(), d) <= allowed) continue;
+    return ::testing::AssertionFailure() << name << ", token " << row / got.dim(1) << ", head " << row % got.dim(1)
+                                         << ": error " << norm(error.data(), d) << ", allowed " << allowed << ", norm "
+                                         << norm(&expected[row * d], d) << ", average " << average;
+  }
+  return ::testing::AssertionSuccess();
+}
+
+}  // namespace
+
+::testing::AssertionResult close(const Slopes& got, const reference::GradientRows& expected, const Data& data,
+                                 const Array& dout, double scale, double bound) {
+  const double slope = 2e-7 * std::abs(scale) * most(dout) * most(data.v);
+  const double rows = static_cast<double>(dout.dim(0) * dout.dim(1)) / static_cast<double>(data.k.dim(1));  // of a key
+  const auto dq = rows_close("dq", got.dq, expected.dq, bound, slope * most(data.k));
+  if (!dq) return dq;
+  const auto dk = rows_close("dk", got.dk, expected.dk, bound, slope * most(data.q) * std::sqrt(rows));
+  if (!dk) return dk;
+  return rows_close("dv", got.dv, expected.dv, bound, 0);
 }
 
 double tolerance(DType dtype) { return dtype == DType::f32 ? 1e-5 : dtype == DType::f16 ? 2e-3 : 1e-2; }

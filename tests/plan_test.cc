@@ -171,6 +171,8 @@ TEST(Plan, ArithmeticIsWhatCountingGives) {
     EXPECT_EQ(got.pairs, 6 * pairs) << c;
     EXPECT_EQ(got.attend, 4 * d * 6 * pairs) << c;
     EXPECT_EQ(got.dense, 4 * d * 6 * all_pairs) << c;
+    EXPECT_EQ(got.backward, 10 * d * 6 * pairs) << c;
+    EXPECT_EQ(got.dense_backward, 10 * d * 6 * all_pairs) << c;
     EXPECT_EQ(got.gate, 2 * d * 6 * scores) << c;
     EXPECT_EQ(got.pool, static_cast<double>(c.total_k() * c.kv_heads) * d) << c;
     if (c.q_lengths.size() == 1) {

@@ -111,6 +111,22 @@ RC_GTEST_PROP(Property, AnySelectionIsCloseToFloat64, ()) {
   RC_ASSERT(got.surroundings_untouched());
 }
 
+RC_GTEST_PROP(Property, GradientsAreCloseToFloat64, ()) {
+  const Case c = *problems();
+  const Options options = any_kernel(c.dtype);
+  const Data data(c);
+  const Array dout = noise_dout(c);
+  Runner run(c.problem(), options);
+  Chosen chosen(run.plan(), c.outputs);
+  Attention results = run.forward(data.inputs(), chosen, c.outputs);
+  const Slopes got = run.backward(data.inputs(), chosen, results, dout, c.outputs);
+  Chosen* const read = run.plan().forward_is_dense() ? nullptr : &chosen;
+  require(close(got, backward_f64(run, data.inputs(), read, dout, &results), data, dout, scale_of(c),
+                gradient_bound(c.dtype)),
+          describe(options));
+  RC_ASSERT(got.surroundings_untouched());
+}
+
 RC_GTEST_PROP(Property, ThreadsDoNotMatter, ()) {
   const Case c = *problems();
   Options options = any_kernel(c.dtype);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cmath>
 #include <numeric>
 #include <set>
 
@@ -170,6 +171,8 @@ std::string case_name(const ::testing::TestParamInfo<Case>& info) {
   return text;
 }
 
+double scale_of(const Case& c) { return c.config.scale.value_or(1.0 / std::sqrt(static_cast<double>(c.head_dim))); }
+
 Array starts(const std::vector<std::int64_t>& lengths) {
   Array cu(DType::i32, {std::ssize(lengths) + 1});
   std::int64_t total = 0;
@@ -206,6 +209,24 @@ std::vector<std::uint64_t> Attention::bits() const {
   std::vector<std::uint64_t> all = out.bits(), more = lse.bits();
   all.insert(all.end(), more.begin(), more.end());
   return all;
+}
+
+Slopes::Slopes(const Problem& p, const Layout& layout)
+    : dq(p.dtype, {p.total_q, p.q_heads, p.head_dim}, layout),
+      dk(p.dtype, {p.total_k, p.kv_heads, p.head_dim}, layout),
+      dv(p.dtype, {p.total_k, p.kv_heads, p.head_dim}, layout) {}
+
+std::vector<std::uint64_t> Slopes::bits() const {
+  std::vector<std::uint64_t> all;
+  for (const Array* array : {&dq, &dk, &dv}) {
+    const std::vector<std::uint64_t> more = array->bits();
+    all.insert(all.end(), more.begin(), more.end());
+  }
+  return all;
+}
+
+bool Slopes::surroundings_untouched() const {
+  return dq.surroundings_untouched() && dk.surroundings_untouched() && dv.surroundings_untouched();
 }
 
 Chosen::Chosen(const Plan& plan, const Layout& layout, bool shared) {
@@ -263,6 +284,27 @@ Attention Runner::forward(const Inputs& inputs, const Layout& layout) {
   Attention result(plan_.problem(), layout);
   moba::forward(plan_, inputs, result.outputs(), workspace_);
   return result;
+}
+
+Attention Runner::forward(const Inputs& inputs, Chosen& chosen, const Layout& layout) {
+  Attention result(plan_.problem(), layout);
+  moba::forward(plan_, inputs, chosen.selection(), result.outputs(), workspace_);
+  return result;
+}
+
+Slopes Runner::backward(const Inputs& inputs, Chosen& chosen, Attention& results, const Array& dout,
+                        const Layout& layout) {
+  Slopes slopes(plan_.problem(), layout);
+  moba::backward(plan_, inputs, chosen.selection(), {results.out.tensor(), results.lse.tensor()}, dout.tensor(),
+                 slopes.gradients(), backward_workspace_);
+  return slopes;
+}
+
+Slopes Runner::dense_backward(const Inputs& inputs, Attention& results, const Array& dout, const Layout& layout) {
+  Slopes slopes(plan_.problem(), layout);
+  moba::dense_backward(plan_, inputs, {results.out.tensor(), results.lse.tensor()}, dout.tensor(), slopes.gradients(),
+                       backward_workspace_);
+  return slopes;
 }
 
 Attention Runner::dense(const Inputs& inputs, const Layout& layout) {

@@ -116,6 +116,9 @@ std::ostream& operator<<(std::ostream& stream, const Case& c);
 // The name of a test that is made for each of several cases.
 std::string case_name(const ::testing::TestParamInfo<Case>& info);
 
+// The scale of the scores of a case, given or by default.
+double scale_of(const Case& c);
+
 Array starts(const std::vector<std::int64_t>& lengths);
 
 struct Data {
@@ -135,6 +138,15 @@ struct Attention {
   bool surroundings_untouched() const { return out.surroundings_untouched() && lse.surroundings_untouched(); }
 };
 
+// Gradients with their memory.
+struct Slopes {
+  Array dq, dk, dv;
+  explicit Slopes(const Problem& p, const Layout& layout = {});
+  Gradients gradients() { return {dq.tensor(), dk.tensor(), dv.tensor()}; }
+  std::vector<std::uint64_t> bits() const;
+  bool surroundings_untouched() const;
+};
+
 struct Chosen {
   Array ids, counts, offsets, rows;
   explicit Chosen(const Plan& plan, const Layout& layout = {}, bool shared = false);
@@ -152,13 +164,19 @@ void choose_anything(const Case& c, Chosen& chosen, std::uint64_t seed);
 class Runner {
  public:
   Runner(const Problem& problem, const Options& options)
-      : plan_(problem, options), workspace_(plan_.workspace_bytes()) {}
+      : plan_(problem, options),
+        workspace_(plan_.workspace_bytes()),
+        backward_workspace_(plan_.backward_workspace_bytes()) {}
   const Plan& plan() const { return plan_; }
 
   Attention forward(const Inputs& inputs, const Layout& layout = {});
+  Attention forward(const Inputs& inputs, Chosen& chosen, const Layout& layout = {});  // keeps its choice
   Attention dense(const Inputs& inputs, const Layout& layout = {});
   Attention attend(const Inputs& inputs, Chosen& chosen, const Layout& layout = {});
   Attention merge(std::vector<Attention>& partials, const Layout& layout = {});
+  Slopes backward(const Inputs& inputs, Chosen& chosen, Attention& results, const Array& dout,
+                  const Layout& layout = {});
+  Slopes dense_backward(const Inputs& inputs, Attention& results, const Array& dout, const Layout& layout = {});
   Array pool(const Inputs& inputs, const Layout& layout = {});
   Chosen gate(const Inputs& inputs, const Array& centroids, const Layout& layout = {});
   Chosen select(const Inputs& inputs, const Layout& layout = {});
@@ -167,7 +185,7 @@ class Runner {
 
  private:
   Plan plan_;
-  std::vector<std::byte> workspace_;
+  std::vector<std::byte> workspace_, backward_workspace_;
 };
 
 Options reference_options();
@@ -190,6 +208,18 @@ double tolerance(DType dtype);
                                  double lse_bound = 1e-5);
 // The bound on `extra` where scores are large: 4 * 2^-24 * the largest |scale| * sum |q_i k_i| of any pair.
 double score_error(const Data& data, double scale);
+
+// dout of a case: noise.
+Array noise_dout(const Case& c);
+// Float64 gradients of sum(dout * out) from `results`, or, where that is null, from what float64 forward gives;
+// `chosen` null: dense. On a plan with a rope the inputs are rotated, as the steps take them.
+reference::GradientRows backward_f64(Runner& run, const Inputs& inputs, Chosen* chosen, const Array& dout,
+                                     const Attention* results = nullptr);
+// Every row of every gradient against float64: the error at most `bound` times the norm of the row, or of an average
+// row of the tensor where that is greater; or what rounding leaves of terms that cancel, where that is greater still.
+double gradient_bound(DType dtype);
+::testing::AssertionResult close(const Slopes& got, const reference::GradientRows& expected, const Data& data,
+                                 const Array& dout, double scale, double bound);
 
 // What holds for every selection that gate makes: ascending, then -1, as many as there should be, the own block in.
 ::testing::AssertionResult well_formed(const Case& c, const Chosen& chosen);

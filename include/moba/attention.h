@@ -47,7 +47,18 @@ struct Selection {
   Tensor rows;     // i32 [Tq * Hq * slots], token * g + head within the group, ascending for each (key head, block)
 };
 
-// Scratch memory of at least plan.workspace_bytes(), any alignment; no content is expected or kept.
+// What a forward computation wrote, as backward reads it: shapes and strides of Outputs, lse included.
+struct ConstOutputs {
+  ConstTensor out, lse;
+};
+
+// Gradients of q [Tq, Hq, d], k and v [Tk, Hk, d], of the plan's dtype; last stride 1.
+struct Gradients {
+  Tensor dq, dk, dv;
+};
+
+// Scratch memory of at least plan.workspace_bytes() (backward_workspace_bytes() for the backward functions), any
+// alignment; no content is expected or kept.
 using Workspace = std::span<std::byte>;
 
 // The queue that device work goes to (a cudaStream_t; null is the default stream); the cpu takes none.
@@ -60,10 +71,32 @@ struct Stream {
 MOBA_EXPORT void forward(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace,
                          Stream stream = {});
 
+// The same, and keeps the selection it made for backward: all four tensors are written, ids with Hq heads. Where
+// plan.forward_is_dense() there is nothing to choose: the selection is not looked at and may be left empty. Not on
+// cuda.
+MOBA_EXPORT void forward(const Plan& plan, const Inputs& inputs, const Selection& selection, const Outputs& outputs,
+                         Workspace workspace, Stream stream = {});
+
 // Full attention over the same inputs, with the same rope, mask and scale: what MoBA is compared with, and what it
 // equals when top_k covers every block.
 MOBA_EXPORT void dense(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Workspace workspace,
                        Stream stream = {});
+
+// dq, dk and dv of sum(dout * out), from dout [Tq, Hq, d] of the plan's dtype (last stride 1) and from what forward
+// read, chose and wrote. Every element of the gradients is written. The selection is a constant: nothing flows through
+// the gate. Inputs are those of forward: with a rope in the plan the unrotated q and k, which are rotated anew, and dq
+// and dk are those of the unrotated ones. Reads offsets and rows of the selection; where plan.forward_is_dense() it
+// reads none and is dense_backward(). On a plan without rope it also serves a selection of the caller's own and what
+// attend wrote with it. A row with no key gets and gives zeros; a key that no row attends to gets zeros. The workspace
+// is one of plan.backward_workspace_bytes(). Gradients may not overlap anything else. Not on cuda.
+MOBA_EXPORT void backward(const Plan& plan, const Inputs& inputs, const Selection& selection,
+                          const ConstOutputs& results, const ConstTensor& dout, const Gradients& gradients,
+                          Workspace workspace, Stream stream = {});
+
+// The same of dense.
+MOBA_EXPORT void dense_backward(const Plan& plan, const Inputs& inputs, const ConstOutputs& results,
+                                const ConstTensor& dout, const Gradients& gradients, Workspace workspace,
+                                Stream stream = {});
 
 // Views into `memory` (at least plan.selection_bytes(shared) bytes, 8-byte aligned, on the plan's device) with the
 // shapes that the plan wants.

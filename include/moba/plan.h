@@ -63,10 +63,12 @@ struct Options {
 // Floating point operations (a multiply-add counts two) of one call, from the given sequence lengths.
 struct Arithmetic {
   double pool = 0;
-  double gate = 0;    // scores of the candidate blocks
-  double attend = 0;  // both products over the (query, key) pairs that MoBA keeps, when every row fills its k
-  double dense = 0;   // both products of full attention
-  double pairs = 0;   // (query, key) pairs that MoBA keeps, summed over the query heads
+  double gate = 0;            // scores of the candidate blocks
+  double attend = 0;          // both products over the (query, key) pairs that MoBA keeps, when every row fills its k
+  double dense = 0;           // both products of full attention
+  double pairs = 0;           // (query, key) pairs that MoBA keeps, summed over the query heads
+  double backward = 0;        // five products over the pairs of attend
+  double dense_backward = 0;  // and over those of dense
 };
 
 class MOBA_EXPORT Plan {
@@ -82,9 +84,16 @@ class MOBA_EXPORT Plan {
   const Problem& problem() const;
   const Options& options() const;
 
-  // Bytes of scratch that any function taking this plan may use: all the memory a call takes beyond its tensors, but on
-  // the cpu for about 100 bytes a sequence of the batch. (The reference backend allocates some more inside its loops.)
+  // Bytes of scratch that any function taking this plan may use, but for the backward ones: all the memory a call takes
+  // beyond its tensors, but on the cpu for about 100 bytes a sequence of the batch. (The reference backend allocates
+  // some more inside its loops.)
   std::size_t workspace_bytes() const;
+  // The same of backward and dense_backward, which need more: sums of dk and dv in float32. 0 on cuda, which has
+  // neither.
+  std::size_t backward_workspace_bytes() const;
+  // Whether forward is dense(): the longest sequence allowed has at most top_k blocks, so every row chooses all of
+  // them.
+  bool forward_is_dense() const;
   // Bytes of a Selection (moba/attention.h), shared by the heads of a key head or not.
   std::size_t selection_bytes(bool shared = false) const;
   // Ids per row of a Selection: min(top_k, blocks of the longest sequence allowed).

@@ -258,13 +258,6 @@ class Chunk {
   std::int64_t coming_row_ = 0, rows_per_tile_ = 0;
 };
 
-// The rows of `rows` that belong to row ids [begin, end).
-inline std::span<const std::int32_t> rows_between(std::span<const std::int32_t> rows, std::int64_t begin,
-                                                  std::int64_t end) {
-  const auto first = std::ranges::lower_bound(rows, begin), last = std::ranges::lower_bound(first, rows.end(), end);
-  return {first, last};
-}
-
 template <bool kPairs>
 void attend_selected(const Call& call, const Selection& selection, const Outputs& outputs, std::int64_t kv_head,
                      std::int64_t begin, std::int64_t end, const AttendScratch& scratch) {

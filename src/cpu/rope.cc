@@ -9,6 +9,7 @@
 
 #include "call.h"
 #include "cpu/lanes-inl.h"
+#include "cpu/rope.h"
 #include "cpu/targets.h"
 #include "cpu/workers.h"
 #include "parallel.h"
@@ -30,13 +31,15 @@ inline void rotate(const float* HWY_RESTRICT x0, const float* HWY_RESTRICT x1, c
   }
 }
 
-// Rotates the heads of one token.
-void RotateToken(const ConstTensor& x, const Tensor& rotated, std::int64_t token, const RopeTask& task) {
+// Rotates the heads of token `from` of x into token `to` of `rotated`.
+void RotateToken(const ConstTensor& x, std::int64_t from, const Tensor& rotated, std::int64_t to,
+                 const RopeTask& task) {
   const std::int64_t dim = x.shape[2], pairs = task.pairs;
   alignas(64) float row[256 + kLanes], result[256 + kLanes], first[128 + kLanes], second[128 + kLanes];
   alignas(64) float first_result[128 + kLanes], second_result[128 + kLanes];
   for (std::int64_t head = 0; head < x.shape[1]; ++head) {
-    Widen(x.dtype, head_row(x, token, head), row, dim);
+    Widen(x.dtype, head_row(x, from, head), row, dim);
+    if (task.factor != 1.0f) std::transform(row, row + dim, row, [&](float value) { return task.factor * value; });
     std::copy_n(row + 2 * pairs, dim - 2 * pairs, result + 2 * pairs);
     if (task.style == RopeStyle::half_split) {
       std::copy_n(row, pairs, first);
@@ -51,7 +54,7 @@ void RotateToken(const ConstTensor& x, const Tensor& rotated, std::int64_t token
     } else {
       for (std::int64_t i = 0; i < pairs; ++i) result[2 * i] = first_result[i], result[2 * i + 1] = second_result[i];
     }
-    Narrow(rotated.dtype, result, head_row(rotated, token, head), dim);
+    Narrow(rotated.dtype, result, head_row(rotated, to, head), dim);
   }
 }
 
@@ -75,7 +78,7 @@ void rotate_tokens(const Call& call, const ConstTensor& x, const Tensor& rotated
   table.rows(position, end - begin, scratch.cos, scratch.sin);
   for (std::int64_t token = begin; token < end; ++token) {
     const std::int64_t row = (token - begin) * table.pairs();
-    rotate_token(x, rotated, token,
+    rotate_token(x, token, rotated, token,
                  {call.plan.problem.rope->style, table.pairs(), scratch.cos + row, scratch.sin + row});
   }
 }
@@ -101,6 +104,29 @@ void rope(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated) {
       });
     }
   });
+}
+
+void turn_back(const Call& call, const ConstTensor& from, const Tensor& to, std::int64_t position, float factor,
+               const RopeScratch& scratch) {
+  const RopeTable& table = *call.plan.rope;
+  const auto rotate_token = MOBA_KERNEL(RotateToken, call.plan.cpu_target);
+  for (std::int64_t run = 0; run < from.shape[0]; run += kTokens) {
+    const std::int64_t count = std::min(kTokens, from.shape[0] - run), pairs = table.pairs();
+    table.rows(position + run, count, scratch.cos, scratch.sin);
+    std::transform(scratch.sin, scratch.sin + count * pairs, scratch.sin, [](float sine) { return -sine; });
+    for (std::int64_t i = 0; i < count; ++i) {
+      const RopeTask task{call.plan.problem.rope->style, pairs, scratch.cos + i * pairs, scratch.sin + i * pairs,
+                          factor};
+      rotate_token(from, run + i, to, run + i, task);
+    }
+  }
+}
+
+void round_rows(const Call& call, const ConstTensor& from, const Tensor& to, float factor) {
+  const auto rotate_token = MOBA_KERNEL(RotateToken, call.plan.cpu_target);
+  for (std::int64_t i = 0; i < from.shape[0]; ++i) {
+    rotate_token(from, i, to, i, {RopeStyle::half_split, 0, nullptr, nullptr, factor});
+  }
 }
 
 }  // namespace moba::cpu

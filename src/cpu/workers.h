@@ -9,6 +9,7 @@
 
 #include "call.h"
 #include "carver.h"
+#include "cpu/targets.h"
 #include "plan_impl.h"
 
 namespace moba::cpu {
@@ -37,6 +38,13 @@ void for_each_sequence(std::span<const Sequence> sequences, std::int64_t begin, 
 template <class F>
 void for_each_key_sequence(std::span<const Sequence> sequences, std::int64_t begin, std::int64_t end, F&& f) {
   for_each_overlap(sequences, &Sequence::k_begin, &Sequence::k_len, begin, end, f);
+}
+
+// The rows of `rows` that belong to row ids [begin, end).
+inline std::span<const std::int32_t> rows_between(std::span<const std::int32_t> rows, std::int64_t begin,
+                                                  std::int64_t end) {
+  const auto first = std::ranges::lower_bound(rows, begin), last = std::ranges::lower_bound(first, rows.end(), end);
+  return {first, last};
 }
 
 // Row i (token) of head h of a [tokens, heads, d] tensor, in bytes.
@@ -75,7 +83,7 @@ struct GateScratch {
   GateScratch(Carver& carver, const Plan::Impl& plan);
 };
 
-// rope: the table rows of one run of tokens, and what rotating a token takes.
+// rope: the table rows of one run of tokens, and what rotating a token takes. Null without a rope.
 struct RopeScratch {
   float *cos, *sin;  // [RopeTable::kRun][pairs], and a vector to read beyond the end
 
@@ -85,6 +93,50 @@ struct RopeTask {
   RopeStyle style;
   std::int64_t pairs;
   const float *cos, *sin;  // [pairs]
+  float factor = 1.0f;     // on the elements, before they are rotated
+};
+
+inline constexpr std::int64_t kScoreStride = kKeyTile + 16;  // see odd_lines
+// Floats of a row that begins every odd number of cache lines: columns of such rows do not fall into few sets of L1.
+constexpr std::int64_t odd_lines(std::int64_t n) { return (ceil_div(n, kMaxLanes) | 1) * kMaxLanes; }
+// Floats of a row of sums, whole vectors.
+constexpr std::int64_t sum_stride(std::int64_t head_dim) { return ceil_div(head_dim, kMaxLanes) * kMaxLanes; }
+
+// backward, shared by all threads: float32 sums of dk and dv, and whose turn it is to add to them.
+struct BackwardSums {
+  float *dk, *dv;        // [Tk][Hk][sum_stride(d)]
+  std::int64_t* passed;  // [Hk][tasks of a key head], turns.h
+
+  BackwardSums(Carver& carver, const Plan::Impl& plan, std::int64_t tasks);
+};
+
+// backward, per thread: `rows` query rows with their dq, and one tile of everything else.
+struct BackwardScratch {
+  float* dq;              // [rows][sum_stride(d)]
+  float *delta, *lse;     // [rows]: dout . out; log2(e) lse
+  std::int32_t* finite;   // [rows]: whether all of q and dout is
+  std::int32_t* row_ids;  // [rows], dense_backward only
+  float *keys, *values;   // packed: [d][kKeyTile]
+  float* key_rows;        // [kKeyTile][odd_lines(d)]
+  float *q, *dout;        // [kRowTile][odd_lines(d)]
+  float *p, *ds;          // [kRowTile][kScoreStride]
+  float *dk, *dv;         // [kKeyTile][sum_stride(d)]
+  RopeScratch rope;
+
+  BackwardScratch(Carver& carver, const Plan::Impl& plan, std::int64_t rows);
+};
+
+// One call of backward, or without a selection of dense_backward; and what of it is one task: tokens [begin, end) of a
+// key head.
+struct BackwardJob {
+  const Call& call;
+  const Selection* selection;
+  const Cotangents& given;
+  const Gradients& gradients;
+  const BackwardSums& sums;
+};
+struct BackwardPart {
+  std::int64_t kv_head, begin, end;
 };
 
 // index: chunks of tokens that are counted apart, each with a counter per (key head, block).
@@ -101,6 +153,11 @@ inline std::int64_t attend_tokens(const Plan::Impl& plan) {
 }
 inline std::int64_t dense_tokens(const Plan::Impl& plan) {
   return std::max<std::int64_t>(1, plan.dense_rows / plan.group);
+}
+
+// The same of backward; it does not depend on the number of threads, because dk and dv are added up task by task.
+inline std::int64_t backward_tokens(const Plan::Impl& plan) {
+  return std::max<std::int64_t>(1, plan.backward_rows / plan.group);
 }
 
 // Rows of one attend task.

@@ -218,6 +218,6 @@ void forward(const Call& given, const Intermediates& memory, const Outputs& outp
 
 }  // namespace
 
-const Steps kSteps = {rope, pool, gate, index, attend, dense, merge, forward};
+const Steps kSteps = {rope, pool, gate, index, attend, dense, merge, forward, nullptr, nullptr};
 
 }  // namespace moba::cuda

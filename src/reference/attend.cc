@@ -4,17 +4,13 @@
 #include <limits>
 
 #include "reference/access.h"
+#include "reference/key_sets.h"
 #include "reference/reference.h"
 
 namespace moba::reference {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-// Keys [begin, end) of a sequence.
-struct Span {
-  std::int64_t begin, end;
-};
 
 // One row: q [d] over the keys and values [len_k, d] of its sequence and key head that are in `spans`. Fills out [d],
 // returns the lse. No key, or no score above -inf: out = 0, lse = -inf.
@@ -41,9 +37,7 @@ double attend_row(const double* q, const double* keys, const double* values, con
   return most + std::log(sum);
 }
 
-// Every row, over the spans that spans_of(sequence, token, head) lists.
-template <class SpansOf>
-Rows attend_all(const Call& call, SpansOf spans_of) {
+Rows attend_all(const Call& call, const KeySets& keys_of) {
   const std::int64_t tokens = call.q.shape[0], heads = call.q.shape[1], d = call.q.shape[2], group = call.plan.group;
   Rows rows{std::vector<double>(static_cast<std::size_t>(tokens * heads * d)),
             std::vector<double>(static_cast<std::size_t>(heads * tokens))};
@@ -57,7 +51,7 @@ Rows attend_all(const Call& call, SpansOf spans_of) {
         for (std::int64_t i = 0; i < s.q_len; ++i) {
           const std::int64_t token = s.q_begin + i;
           rows.lse[head * tokens + token] =
-              attend_row(&queries[i * d], keys.data(), values.data(), spans_of(s, token, head), call.plan.scale, d,
+              attend_row(&queries[i * d], keys.data(), values.data(), keys_of.of(s, token, head), call.plan.scale, d,
                          score, &rows.out[(token * heads + head) * d]);
         }
       }
@@ -83,42 +77,9 @@ void round(const Rows& rows, const Outputs& outputs) {
 
 }  // namespace
 
-Rows attend_f64(const Call& call, const Selection& selection) {
-  const Config& config = call.plan.problem.config;
-  const std::int64_t heads = call.q.shape[1], group = call.plan.group;
-  const auto* offsets = static_cast<const std::int64_t*>(selection.offsets.data);
-  const auto* rows = static_cast<const std::int32_t*>(selection.rows.data);
+Rows attend_f64(const Call& call, const Selection& selection) { return attend_all(call, KeySets(call, selection)); }
 
-  // Fast backends walk the lists of rows block by block; here they are turned back into blocks per row.
-  std::vector<std::vector<std::int64_t>> blocks_of(static_cast<std::size_t>(call.q.shape[0] * heads));
-  for (std::int64_t key_head = 0; key_head < heads / group; ++key_head) {
-    for (const Sequence& s : call.sequences) {
-      for (std::int64_t b = 0; b < s.blocks; ++b) {
-        const std::int64_t list = key_head * call.plan.max_blocks + s.block_begin + b;
-        for (std::int64_t r = offsets[list]; r < offsets[list + 1]; ++r) {
-          blocks_of[rows[r] / group * heads + key_head * group + rows[r] % group].push_back(b);
-        }
-      }
-    }
-  }
-
-  return attend_all(call, [&](const Sequence& s, std::int64_t token, std::int64_t head) {
-    const std::int64_t position = s.first_position() + token - s.q_begin;
-    std::vector<Span> spans;
-    for (const std::int64_t b : blocks_of[token * heads + head]) {
-      const std::int64_t start = b * config.block_size, length = std::min(config.block_size, s.k_len - start);
-      spans.push_back({start, start + visible_keys(position, start, length, config.causal)});
-    }
-    return spans;
-  });
-}
-
-Rows dense_f64(const Call& call) {
-  return attend_all(call, [&](const Sequence& s, std::int64_t token, std::int64_t) {
-    const std::int64_t position = s.first_position() + token - s.q_begin;
-    return std::vector<Span>{{0, visible_keys(position, 0, s.k_len, call.plan.problem.config.causal)}};
-  });
-}
+Rows dense_f64(const Call& call) { return attend_all(call, KeySets(call)); }
 
 void attend(const Call& call, const Selection& selection, const Outputs& outputs) {
   round(attend_f64(call, selection), outputs);

@@ -21,4 +21,14 @@ struct Rows {
 Rows attend_f64(const Call& call, const Selection& selection);
 Rows dense_f64(const Call& call);
 
+// backward() and dense_backward() without the rounding, and from results that need not be rounded either: gradients of
+// sum(dout * out), dout [Tq, Hq, d]. As those, they turn dq and dk back where the plan has a rope.
+struct GradientRows {
+  std::vector<double> dq;      // [Tq, Hq, d]
+  std::vector<double> dk, dv;  // [Tk, Hk, d]
+};
+GradientRows backward_f64(const Call& call, const Selection& selection, const Rows& results,
+                          const std::vector<double>& dout);
+GradientRows dense_backward_f64(const Call& call, const Rows& results, const std::vector<double>& dout);
+
 }  // namespace moba::reference

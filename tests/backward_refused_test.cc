@@ -1,0 +1,177 @@
+// Arguments that backward, dense_backward and the forward that keeps its selection refuse, one change at a time.
+#include <algorithm>
+#include <functional>
+
+#include "support.h"
+
+namespace moba::test {
+namespace {
+
+// Good arguments of the backward functions and of the forward that keeps its selection; a test spoils one.
+struct Arguments {
+  Case c{.q_heads = 4,
+         .kv_heads = 2,
+         .head_dim = 8,
+         .q_lengths = {20, 13},
+         .k_lengths = {25, 33},
+         .config = {.block_size = 8, .top_k = 2}};
+  Data data{c};
+  Plan plan{c.problem(), {.threads = 1}};
+  std::vector<std::byte> memory =
+      std::vector<std::byte>(std::max(plan.workspace_bytes(), plan.backward_workspace_bytes()), std::byte{0x5a});
+  std::vector<std::byte> untouched_memory = memory;
+  Attention computed{plan.problem()}, written{plan.problem()};
+  Chosen read{plan}, kept{plan};
+  Array dout_memory = noise_dout(c);
+  Slopes slopes{plan.problem()};
+
+  Inputs inputs = data.inputs();
+  Selection selection = read.selection(), into = kept.selection();
+  Outputs outputs = written.outputs();
+  ConstOutputs results;
+  ConstTensor dout = std::as_const(dout_memory).tensor();
+  Gradients gradients = slopes.gradients();
+  Workspace workspace = memory;
+
+  Arguments() {
+    forward(plan, inputs, selection, computed.outputs(), workspace);
+    results = {computed.out.tensor(), computed.lse.tensor()};
+    memory = untouched_memory;
+  }
+  bool untouched() const {
+    return slopes.dq.untouched() && slopes.dk.untouched() && slopes.dv.untouched() && written.out.untouched() &&
+           written.lse.untouched() && kept.ids.untouched() && kept.counts.untouched() && kept.offsets.untouched() &&
+           kept.rows.untouched() && memory == untouched_memory;
+  }
+};
+
+enum Function { kBackward, kDenseBackward, kForward };
+
+void call(Function function, Arguments& a) {
+  switch (function) {
+    case kBackward:
+      return backward(a.plan, a.inputs, a.selection, a.results, a.dout, a.gradients, a.workspace);
+    case kDenseBackward:
+      return dense_backward(a.plan, a.inputs, a.results, a.dout, a.gradients, a.workspace);
+    case kForward:
+      return forward(a.plan, a.inputs, a.into, a.outputs, a.workspace);
+  }
+}
+
+void expect_refused(Function function, const std::string& starts_with, const std::function<void(Arguments&)>& spoil) {
+  Arguments a;
+  spoil(a);
+  try {
+    call(function, a);
+    ADD_FAILURE() << "accepted: " << starts_with;
+  } catch (const Error& error) {
+    const std::string message = error.what();
+    EXPECT_TRUE(message.starts_with(starts_with)) << message << "\nwanted: " << starts_with;
+    EXPECT_NE(message.find("; allowed: "), std::string::npos) << message;
+    EXPECT_EQ(message.find('\n'), std::string::npos) << message;
+  }
+  EXPECT_TRUE(a.untouched()) << starts_with;
+}
+
+// A tensor among the arguments, and how to change it.
+struct Argument {
+  std::string name;
+  std::function<void(Arguments&, const std::function<void(Tensor&)>&)> change;
+};
+
+void change_tensor(Tensor& tensor, const std::function<void(Tensor&)>& change) { change(tensor); }
+void change_tensor(ConstTensor& tensor, const std::function<void(Tensor&)>& change) {
+  Tensor view;
+  view.data = const_cast<void*>(tensor.data);
+  view.dtype = tensor.dtype, view.rank = tensor.rank, view.shape = tensor.shape, view.stride = tensor.stride;
+  change(view);
+  tensor = view;
+}
+
+#define ARGUMENT(name, member)                                                                              \
+  Argument {                                                                                                \
+    name, [](Arguments& a, const std::function<void(Tensor&)>& change) { change_tensor(a.member, change); } \
+  }
+
+TEST(BackwardRefused, Tensors) {
+  const Argument tensors[] = {
+      ARGUMENT("q", inputs.q),
+      ARGUMENT("k", inputs.k),
+      ARGUMENT("v", inputs.v),
+      ARGUMENT("results.out", results.out),
+      ARGUMENT("results.lse", results.lse),
+      ARGUMENT("dout", dout),
+      ARGUMENT("gradients.dq", gradients.dq),
+      ARGUMENT("gradients.dk", gradients.dk),
+      ARGUMENT("gradients.dv", gradients.dv),
+  };
+  for (const Argument& argument : tensors) {
+    for (const Function f : {kBackward, kDenseBackward}) {
+      const auto refused = [&](const std::string& text, const std::function<void(Tensor&)>& change) {
+        expect_refused(f, argument.name + text, [&](Arguments& a) { argument.change(a, change); });
+      };
+      refused(": is not given; allowed: f32 [", [](Tensor& t) { t = {}; });
+      refused(": is f16 [", [](Tensor& t) { t.dtype = DType::f16; });
+      refused(": is f32 [21, ", [](Tensor& t) { t.shape[0] = 21; });
+      refused(": is a null pointer", [](Tensor& t) { t.data = nullptr; });
+      refused(": is not aligned", [](Tensor& t) { t.data = static_cast<std::byte*>(t.data) + 1; });
+      refused(".device: is cuda", [](Tensor& t) { t.device = Device::cuda; });
+      refused(".stride[0]: is -1", [](Tensor& t) { t.stride[0] = -1; });
+      if (argument.name != "results.lse") refused(".stride[2]: is 2", [](Tensor& t) { t.stride[2] = 2; });
+      if (argument.name.starts_with("gradients")) refused(".stride[0]: is 0", [](Tensor& t) { t.stride[0] = 0; });
+    }
+  }
+}
+
+// Every gradient over everything else.
+TEST(BackwardRefused, Overlaps) {
+  for (const Function f : {kBackward, kDenseBackward}) {
+    expect_refused(f, "gradients.dq: is in memory that dout spans",
+                   [](Arguments& a) { a.gradients.dq.data = const_cast<void*>(a.dout.data); });
+    expect_refused(f, "gradients.dk: is in memory that k spans",
+                   [](Arguments& a) { a.gradients.dk.data = const_cast<void*>(a.inputs.k.data); });
+    expect_refused(f, "gradients.dv: is in memory that gradients.dk spans",
+                   [](Arguments& a) { a.gradients.dv.data = a.gradients.dk.data; });
+    expect_refused(f, "workspace: is in memory that gradients.dq spans", [](Arguments& a) {
+      a.gradients.dq.data = a.memory.data() + (64 - reinterpret_cast<std::uintptr_t>(a.memory.data()) % 64) % 64;
+    });
+  }
+  expect_refused(kForward, "selection.ids: is in memory that q spans",
+                 [](Arguments& a) { a.into.ids.data = const_cast<void*>(a.inputs.q.data); });
+  expect_refused(kForward, "selection.rows: is in memory that out spans",
+                 [](Arguments& a) { a.into.rows.data = a.outputs.out.data; });
+}
+
+TEST(BackwardRefused, Workspaces) {
+  for (const Function f : {kBackward, kDenseBackward}) {
+    expect_refused(f,
+                   "workspace: is " + std::to_string(Arguments().plan.backward_workspace_bytes() - 1) +
+                       " bytes; allowed: at least plan.backward_workspace_bytes()",
+                   [](Arguments& a) { a.workspace = a.workspace.first(a.plan.backward_workspace_bytes() - 1); });
+  }
+  expect_refused(kForward, "workspace: is 0 bytes; allowed: at least plan.workspace_bytes()",
+                 [](Arguments& a) { a.workspace = {}; });
+}
+
+TEST(BackwardRefused, Selections) {
+  expect_refused(kBackward, "selection.offsets: is not given", [](Arguments& a) { a.selection = {}; });
+  expect_refused(kBackward, "selection.rows: is not given", [](Arguments& a) { a.selection.rows = {}; });
+  expect_refused(kBackward, "selection.offsets[0]: is -1",
+                 [](Arguments& a) { a.read.offsets.as<std::int64_t>(0) = -1; });
+  expect_refused(kBackward, "selection.rows of key head 0, block ",
+                 [](Arguments& a) { a.read.rows.as<std::int32_t>(0) = 1 << 20; });
+  expect_refused(kForward, "selection.ids: is not given", [](Arguments& a) { a.into = {}; });
+  expect_refused(kForward, "selection.ids: is i32 [33, 2, ", [](Arguments& a) { a.into.ids.shape[1] = 2; });
+  expect_refused(kForward, "selection.offsets: is not given", [](Arguments& a) { a.into.offsets = {}; });
+}
+
+TEST(BackwardRefused, Sequences) {
+  for (const Function f : {kBackward, kDenseBackward, kForward}) {
+    expect_refused(f, "cu_seqlens_q[2]: is 32", [](Arguments& a) { a.data.cu_seqlens_q->as<std::int32_t>(2) = 32; });
+    expect_refused(f, "cu_seqlens_k[1]: is -1", [](Arguments& a) { a.data.cu_seqlens_k->as<std::int32_t>(1) = -1; });
+    expect_refused(f, "cu_seqlens_q: is not given", [](Arguments& a) { a.inputs.cu_seqlens_q = {}; });
+  }
+}
+
+}  // namespace
+}  // namespace moba::test
