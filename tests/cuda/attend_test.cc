@@ -257,8 +257,8 @@ TEST_F(CudaAttend, SmallWithoutLse) {
       Mirror mirror(test_stream());
       const DeviceMemory workspace(run.plan().workspace_bytes());
       const Outputs outputs{mirror.write(without.out.tensor(), "out"), {}};
-      (dense ? moba::dense : moba::forward)(run.plan(), mirror.read(data.inputs()), outputs, workspace.bytes(),
-                                            {test_stream()});
+      const auto step = [&](auto&&... arguments) { dense ? moba::dense(arguments...) : moba::forward(arguments...); };
+      step(run.plan(), mirror.read(data.inputs()), outputs, workspace.bytes(), Stream{test_stream()});
       mirror.finish();
       EXPECT_TRUE(without.out.bits() == (dense ? dense_with : with).out.bits()) << family;
     }
