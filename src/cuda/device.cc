@@ -78,7 +78,7 @@ DeviceLimits device_limits(int index) {
   const int count = count_devices(problem);
   if (!problem.empty()) refuse("options.backend", "cuda, but " + problem, "cpu, reference here");
   check_range("options.cuda_device", index, 0, count - 1);
-  const DeviceLimits limits = limits_of(index);
+  DeviceLimits limits = limits_of(index);
   problem = unfit(limits);
   if (!problem.empty()) throw Error("options.cuda_device: is " + std::to_string(index) + ", " + problem);
   return limits;
