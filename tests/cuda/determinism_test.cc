@@ -219,7 +219,7 @@ struct Resident {
 
 // A captured call is played with other inputs, and other lengths, in the same places.
 TEST_F(CudaDeterminism, GraphsGiveWhatCallsGive) {
-  for (Case c : cases()) {
+  for (const Case& c : cases()) {
     const Data first(c);
     Case other = c;
     other.seed = c.seed + 1;
@@ -273,6 +273,7 @@ TEST_F(CudaDeterminism, CallsMayRunSideBySide) {
       residents[0]->run(false, streams[0]);
       const std::vector<Bits> expected = residents[0]->results(streams[0]);
       std::vector<std::thread> callers;
+      callers.reserve(kCallers);
       for (int i = 0; i < kCallers; ++i) {
         callers.emplace_back([&, i] {
           MOBA_CUDA(cudaSetDevice(device().index));
