@@ -138,16 +138,6 @@ Intermediates take_rotated(const Plan& plan, Stack& stack) {
   return memory;
 }
 
-// The same call with q and k rotated, if the plan has a rope.
-Call rotated(const Call& given, const Intermediates& memory) {
-  if (!given.plan.rope) return given;
-  given.plan.steps->rope(given, memory.q_rotated, memory.k_rotated);
-  Call call = given;
-  call.q = memory.q_rotated;
-  call.k = memory.k_rotated;
-  return call;
-}
-
 // What forward and dense check. `kept` is the selection that forward keeps, or null.
 Call checked_attention(const Plan& plan, const Inputs& inputs, const Selection* kept, const Outputs& outputs,
                        Workspace workspace, Stream stream) {

@@ -82,6 +82,9 @@ struct Steps {
   void (*dense_backward)(const Call& call, const Cotangents& given, const Gradients& gradients);
 };
 
+// The call with q and k rotated into the memory for them, if the plan has a rope.
+Call rotated(const Call& given, const Intermediates& memory);
+
 #define MOBA_DECLARE_STEPS                                                                                          \
   void rope(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated);                                    \
   void pool(const Call& call, const Tensor& centroids);                                                             \

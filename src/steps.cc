@@ -3,16 +3,21 @@
 #include "plan_impl.h"
 
 namespace moba {
+
+Call rotated(const Call& given, const Intermediates& memory) {
+  if (!given.plan.rope) return given;
+  given.plan.steps->rope(given, memory.q_rotated, memory.k_rotated);
+  Call call = given;
+  call.q = memory.q_rotated;
+  call.k = memory.k_rotated;
+  return call;
+}
+
 namespace {
 
 void forward_by_steps(const Call& given, const Intermediates& memory, const Outputs& outputs) {
   const Steps& steps = *given.plan.steps;
-  Call call = given;
-  if (given.plan.rope) {
-    steps.rope(given, memory.q_rotated, memory.k_rotated);
-    call.q = memory.q_rotated;
-    call.k = memory.k_rotated;
-  }
+  const Call call = rotated(given, memory);
   steps.pool(call, memory.centroids);
   steps.gate(call, memory.centroids, memory.selection);
   steps.index(call, memory.selection);

@@ -4,12 +4,9 @@
 // sequence), not lengths, so a cache that grows needs no new plan. The library owns no memory and keeps no state: k, v,
 // centroids, lengths and page tables are the caller's, and a step of the model is, for each layer,
 //
-//   1. the caller adds the new tokens to the lengths (and pages to the tables, where they are needed): once for all
-//   layers
-//   2. append(plan, k, v, cu_seqlens, cache, workspace)              writes the keys, the values, and closed blocks'
-//   centroids
-//   3. decode(plan, q, cu_seqlens, cache, outputs, workspace)        the queries of the same tokens over all that is
-//   cached
+//   1. the caller adds the new tokens to the lengths (and pages to the tables where needed): once for all layers
+//   2. append(plan, k, v, cu_seqlens, cache, workspace)        writes keys, values, and the centroids of closed blocks
+//   3. decode(plan, q, cu_seqlens, cache, outputs, workspace)  the queries of the same tokens over all that is cached
 //
 // No function writes lengths or tables. cu_seqlens says how many tokens of each sequence are new; they are its last
 // ones. A prompt fed whole, in chunks of any size or token by token gives the same selection and, but for rounding, the
@@ -110,10 +107,9 @@ struct DecodeOutputs {
 };
 
 // Writes k and v [Tnew, Hk, d] (any strides but the last) into the last cu_seqlens[s + 1] - cu_seqlens[s] places of
-// each sequence and, of the blocks that they fill, the centroids: with the sums of pool(), to the bit. cu_seqlens: i32
-// [batch
-// + 1], ascending from 0 to Tnew; may be left out when batch is 1. What was cached before is read only to complete a
-// block.
+// each sequence and, of the blocks that they fill, the centroids: with the sums of pool(), to the bit. cu_seqlens is
+// i32 [batch + 1], ascending from 0 to Tnew; it may be left out when batch is 1. What was cached before is read only to
+// complete a block.
 MOBA_EXPORT void append(const CachePlan& plan, const ConstTensor& k, const ConstTensor& v,
                         const ConstTensor& cu_seqlens, const Cache& cache, Workspace workspace);
 
