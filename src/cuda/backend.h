@@ -12,11 +12,10 @@ namespace moba::cuda {
 
 extern const Steps kSteps;
 
-// Refuses options.cuda_device where it cannot be used: no CUDA in the build, no driver, no such device, no kernels for
-// it.
+// Refuses options.cuda_device where it is not there: no CUDA in the build, no driver, no such device.
 void check_device(int device);
 
-// Fills in the cuda part of a plan, or refuses it: a problem or an option that the kernels do not serve.
+// Fills in the cuda part of a plan, or refuses it: a device, a problem or an option that the kernels do not serve.
 void prepare(Plan::Impl& plan);
 
 // "cuda (NVIDIA H200): gate sm90, attend resident sm90, 2 passes"

@@ -71,15 +71,16 @@ CurrentDevice::~CurrentDevice() {
   if (changed_) cudaSetDevice(before_);
 }
 
-void check_device(int device) { device_limits(device); }
-
-DeviceLimits device_limits(int index) {
+void check_device(int device) {
   std::string problem;
   const int count = count_devices(problem);
   if (!problem.empty()) refuse("options.backend", "cuda, but " + problem, "cpu, reference here");
-  check_range("options.cuda_device", index, 0, count - 1);
+  check_range("options.cuda_device", device, 0, count - 1);
+}
+
+DeviceLimits device_limits(int index) {
   DeviceLimits limits = limits_of(index);
-  problem = unfit(limits);
+  const std::string problem = unfit(limits);
   if (!problem.empty()) throw Error("options.cuda_device: is " + std::to_string(index) + ", " + problem);
   return limits;
 }

@@ -22,7 +22,7 @@ struct DeviceLimits {
   bool has_sm90() const { return major == 9 && minor == 0; }  // what is compiled for sm_90a runs there and nowhere else
 };
 
-// The device, or moba::Error that says what is missing: driver, device, kernels for it.
+// A device that check_device (backend.h) lets pass, or moba::Error if there are no kernels for it.
 DeviceLimits device_limits(int index);
 
 // Makes `index` the current device as long as it lives.
