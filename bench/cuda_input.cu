@@ -77,10 +77,10 @@ void fill_normal(const Tensor& tensor, std::uint64_t seed, std::int64_t group, c
   const Layout layout{elements(tensor) / 2, static_cast<int>(tensor.shape[1]), static_cast<int>(tensor.shape[2]),
                       static_cast<int>(group)};
   if (tensor.dtype == DType::bf16) {
-    cuda::launch(fill<__nv_bfloat16>, kCtas, kThreads, 0, stream, static_cast<__nv_bfloat16*>(tensor.data), layout,
-                 seed, lean);
+    cuda::launch(fill<__nv_bfloat16>, dim3(kCtas), kThreads, 0, stream, static_cast<__nv_bfloat16*>(tensor.data),
+                 layout, seed, lean);
   } else {
-    cuda::launch(fill<__half>, kCtas, kThreads, 0, stream, static_cast<__half*>(tensor.data), layout, seed, lean);
+    cuda::launch(fill<__half>, dim3(kCtas), kThreads, 0, stream, static_cast<__half*>(tensor.data), layout, seed, lean);
   }
 }
 
@@ -88,8 +88,8 @@ Digest digest_of(const ConstTensor& tensor, cudaStream_t stream) {
   const CudaBuffer memory(sizeof(Digest));
   MOBA_CUDA(cudaMemsetAsync(memory.data(), 0, sizeof(Digest), stream));
   const std::uint32_t exponent = tensor.dtype == DType::bf16 ? 0x7f80 : 0x7c00;
-  cuda::launch(digest, kCtas, kThreads, 0, stream, static_cast<const std::uint32_t*>(tensor.data), elements(tensor) / 2,
-               exponent, static_cast<Digest*>(memory.data()));
+  cuda::launch(digest, dim3(kCtas), kThreads, 0, stream, static_cast<const std::uint32_t*>(tensor.data),
+               elements(tensor) / 2, exponent, static_cast<Digest*>(memory.data()));
   Digest result;
   MOBA_CUDA(cudaMemcpyAsync(&result, memory.data(), sizeof result, cudaMemcpyDeviceToHost, stream));
   MOBA_CUDA(cudaStreamSynchronize(stream));
