@@ -125,7 +125,7 @@ void CudaWorkload::staged(Marks& marks) {
       attend(shape, {view(inputs_.q), view(inputs_.k), view(inputs_.v), memory.index.rows}, memory.units,
              {memory.partials, {}, {}}, stream_);
       marks.mark("attend");
-      cuda::merge(shape, slab, batch, memory.index, memory.partials, view(outputs_.out), lse, stream_);
+      cuda::merge(shape, slab, memory.index, memory.partials, view(outputs_.out), lse, stream_);
       marks.mark("merge");
     }
   }
