@@ -4,7 +4,7 @@
 //   kQ       Q in kQStages tiles, each in bands [64, 128 bytes]
 //   kRing    the units of the two stages
 //   kKey...  barriers of the stages of K, V and Unit. full: the producers and the copy engine -> the consumers;
-//            empty: each consumer warp, done with the last tile of its own -> the producers
+//            empty: each consumer thread, done with the last tile of its own -> the producers
 //   kQ...    barriers of the tiles. full: the producers -> the warpgroup that the tile is for; empty: its 4 warps
 //
 // Every consumer takes part in every unit: a unit counts at least as many tiles as there are consumers, the last may be

@@ -140,7 +140,7 @@ __device__ __forceinline__ void consume(const Arguments& arguments, const char* 
     tile += L::kConsumers, stage += L::kConsumers;
     if (stage >= L::kQStages) stage -= L::kQStages, parity ^= 1;
     if (tile < tiles) return;
-    ptx::barrier_arrive_if(lane == 0, base + L::kKeyEmpty + (n & 1) * 8);
+    ptx::barrier_arrive(base + L::kKeyEmpty + (n & 1) * 8);  // every lane, for every lane has read the unit
     tile -= tiles, ++n;
     wait_unit();
   };
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(Layout<d, kKeys>::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
       ptx::barrier_init(base + L::kKeyFull + i * 8, kProducers + 1);
-      ptx::barrier_init(base + L::kKeyEmpty + i * 8, L::kConsumers * 4);
+      ptx::barrier_init(base + L::kKeyEmpty + i * 8, L::kConsumers * 128);
     }
     for (int i = 0; i < L::kQStages; ++i) {
       ptx::barrier_init(base + L::kQFull + i * 8, kProducers);

@@ -19,9 +19,8 @@ template <int d>
 __device__ void publish_tasks(Control& control, const Arguments& arguments) {
   const int count = arguments.units.counters[1];
   const std::int32_t* rows = arguments.input.rows;
-  const volatile int& tiles_loaded = control.tiles_loaded;
   for (int n = 0, tiles = 0;; ++n) {
-    while (tiles - tiles_loaded >= Layout<d>::kTilesAhead) __nanosleep(100);
+    while (tiles - atomicAdd(&control.tiles_loaded, 0) >= Layout<d>::kTilesAhead) __nanosleep(100);
     Control::Barriers& barriers = control.tasks[n % kTasks];
     wait(barriers.empty, (n / kTasks & 1) ^ 1);
     const int ticket = atomicAdd(&arguments.units.counters[0], 1);
@@ -60,9 +59,8 @@ __device__ __forceinline__ void copy_tile(const CUtensorMap& map, std::uint32_t 
 template <int d>
 __device__ void load_keys(std::uint32_t shared, Control& control, const CUtensorMap& map) {
   using L = Layout<d>;
-  volatile int& tiles_loaded = control.tiles_loaded;
   Ring<L::kKeyStages> ring;
-  for (int n = 0, loaded = 0;; ++n) {
+  for (int n = 0;; ++n) {
     const Task task = wait_task(control, n);
     ptx::barrier_arrive(ptx::shared_address(&control.tasks[n % kTasks].empty));
     if (task.rows == 0) return;
@@ -71,7 +69,7 @@ __device__ void load_keys(std::uint32_t shared, Control& control, const CUtensor
       Control::Barriers& barriers = control.keys[ring.stage];
       wait(barriers.empty, ring.parity ^ 1);
       copy_tile<d>(map, shared + L::kKeys + ring.stage * L::kTileBytes, barriers.full, task, tile);
-      tiles_loaded = ++loaded;
+      atomicAdd(&control.tiles_loaded, 1);
       ring.advance();
     }
   }

@@ -107,6 +107,7 @@ struct alignas(16) Unit {
   std::int32_t first_token;      // row with token t sees min(keys, max(0, t - first_token + 1)) keys if causal
   std::int32_t masked;           // leading rows that see fewer than `keys` keys; 0 if not causal
   std::int32_t row0;  // >= 0: the first `masked` rows (dense: all rows) are row0, row0 + 1, ...; -1: read them
+  std::int32_t rest[3] = {};  // units are copied whole, 16 bytes at a time
 };
 
 struct UnitList {

@@ -186,9 +186,9 @@ __device__ void copy_queries(const Problem& p, std::uint32_t to, std::int64_t fi
   }
 }
 
-// Columns [64 piece, 64 piece + 64) of the centroids of a tile.
+// Columns [64 piece, 64 piece + 64) of the centroids of a tile that are below `end`.
 template <class T>
-__device__ __forceinline__ void copy_piece(const Problem& p, std::uint32_t to, int tile, int piece) {
+__device__ __forceinline__ void copy_piece(const Problem& p, std::uint32_t to, int tile, int end, int piece) {
   const int chunk = static_cast<int>(threadIdx.x) % 8;
   const int column = piece * kPieceColumns + chunk * 8;
   if (column >= p.shape.head_dim) return;
@@ -196,7 +196,7 @@ __device__ __forceinline__ void copy_piece(const Problem& p, std::uint32_t to, i
   const std::int64_t offset = (p.slab.head_begin + static_cast<int>(blockIdx.y)) * p.centroids.head_stride + column;
   for (int row = static_cast<int>(threadIdx.x) / 8; row < kTileBlocks; row += static_cast<int>(blockDim.x) / 8) {
     const int block = tile * kTileBlocks + row;
-    const bool there = block < p.shape.max_blocks;
+    const bool there = block < end;
     ptx::copy_async(to + swizzled(kBandBytes, row, chunk),
                     there ? data + block * p.centroids.token_stride + offset : data, there ? 16 : 0);
   }
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(128, 3) gate_kernel(const __grid_constant__ Pr
     int copy_tile = (high - 1) / kTileBlocks, copy_of = 0, copy_stage = 0;  // the piece to be copied next
     const auto copy_next = [&] {
       if (copy_tile >= last_tile)
-        copy_piece<T>(p, ring + static_cast<std::uint32_t>(copy_stage * kPieceBytes), copy_tile, copy_of);
+        copy_piece<T>(p, ring + static_cast<std::uint32_t>(copy_stage * kPieceBytes), copy_tile, high, copy_of);
       ptx::copy_async_commit();
       copy_stage = copy_stage + 1 == kStages ? 0 : copy_stage + 1;
       if (++copy_of == pieces) {

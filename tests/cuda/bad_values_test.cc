@@ -120,7 +120,7 @@ TEST_F(CudaBadValues, SmallWrongIds) {
   }
 }
 
-// Queries before the first key have no row in a table of the caller's; whose rotation they get is nobody's business.
+// Queries before the first key have no row in a table of the caller's: such cu_seqlens are not as they must be.
 TEST_F(CudaBadValues, SmallRopeTableWithoutNegativePositions) {
   Array cos(DType::f32, {20, 32}, {.tight = true}), sin(DType::f32, {20, 32}, {.tight = true});
   cos.fill(1);
@@ -130,12 +130,24 @@ TEST_F(CudaBadValues, SmallRopeTableWithoutNegativePositions) {
   c.rope = Rope{.cos = std::as_const(cos).tensor(), .sin = std::as_const(sin).tensor()};
   const Data data(c);
   CudaRunner run(c.problem());
-  const Attention got = run.forward(data.inputs());
-  for (std::int64_t token = 0; token < 20; ++token) EXPECT_EQ(got.lse.get(0, token), -kInf);
-  for (std::int64_t token = 20; token < 35; ++token) EXPECT_TRUE(std::isfinite(got.lse.get(0, token)));
+  EXPECT_TRUE(all_nan(run.forward(data.inputs())));
 }
 
 enum class Poison { value, key, both };
+
+// Elements that float64 makes NaN of 0 times infinity, by a key of score -inf, may be that or not (docs/spec.md,
+// section 9): both become 0.
+void forgive_weight_zero(Attention& got, reference::Rows& expected) {
+  const std::int64_t tokens = got.out.dim(0), heads = got.out.dim(1), d = got.out.dim(2);
+  for (std::int64_t row = 0; row < tokens * heads; ++row) {
+    if (!std::isfinite(expected.lse[row % heads * tokens + row / heads])) continue;
+    for (std::int64_t x = 0; x < d; ++x) {
+      if (!std::isnan(expected.out[row * d + x])) continue;
+      expected.out[row * d + x] = 0;
+      got.out.set(row / heads, row % heads, x, 0);
+    }
+  }
+}
 
 // Poison in every key from `first` on: rows are as good or bad as in float64.
 void expect_no_leak(const Case& c, std::int64_t first, Poison where, float with) {
@@ -149,13 +161,18 @@ void expect_no_leak(const Case& c, std::int64_t first, Poison where, float with)
     }
   }
   Runner reference(c.problem(), reference_options());
+  const bool forgive = where == Poison::both && std::isinf(with);
+  const auto expect_near = [&](Attention got, reference::Rows expected, const char* what) {
+    if (forgive) forgive_weight_zero(got, expected);
+    EXPECT_TRUE(near(got, expected, c.dtype)) << what;
+  };
   const reference::Rows dense = dense_f64(reference, bad.inputs());
   for (const std::string& family : families(c.problem())) {
     SCOPED_TRACE(family);
     CudaRunner run(c.problem(), cuda_options(family));
     Chosen chosen = run.select(bad.inputs());
-    EXPECT_TRUE(near(run.forward(bad.inputs()), attend_f64(reference, bad.inputs(), chosen), c.dtype));
-    EXPECT_TRUE(near(run.dense(bad.inputs()), dense, c.dtype)) << "dense";
+    expect_near(run.forward(bad.inputs()), attend_f64(reference, bad.inputs(), chosen), "forward");
+    expect_near(run.dense(bad.inputs()), dense, "dense");
   }
 }
 
