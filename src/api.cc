@@ -79,8 +79,7 @@ Call make_call(const Plan& given, const Inputs& inputs, unsigned reads, Workspac
     call.cu_seqlens_q = inputs.cu_seqlens_q;
     call.cu_seqlens_k = inputs.cu_seqlens_k;
   }
-  const std::size_t skip = (64 - reinterpret_cast<std::uintptr_t>(workspace.data()) % 64) % 64;
-  call.scratch = workspace.subspan(skip, needs.scratch_bytes);
+  call.scratch = from_aligned(workspace).first(needs.scratch_bytes);
   return call;
 }
 Call make_call(const Plan& plan, const Inputs& inputs, unsigned reads, Workspace workspace, Stream stream) {

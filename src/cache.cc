@@ -25,9 +25,9 @@ void check_memory(const CachePlan& plan, Workspace workspace) {
 }
 
 void take_workspace(CacheCall& call, Workspace workspace) {
-  const std::size_t skip = (64 - reinterpret_cast<std::uintptr_t>(workspace.data()) % 64) % 64;
-  call.scratch = workspace.subspan(skip, call.plan.scratch_bytes);
-  call.memory = workspace.subspan(skip + call.plan.scratch_bytes + call.plan.rotated_bytes, call.plan.decode_bytes);
+  workspace = from_aligned(workspace);
+  call.scratch = workspace.first(call.plan.scratch_bytes);
+  call.memory = workspace.subspan(call.plan.scratch_bytes + call.plan.rotated_bytes, call.plan.decode_bytes);
   call.k = tidy(call.k);
   call.v = tidy(call.v);
   call.centroids = tidy(call.centroids);

@@ -76,7 +76,7 @@ std::string CachePlan::kernels() const { return impl_->plan.kernels(); }
 
 std::size_t CachePlan::workspace_bytes() const {
   // 64 more than the pieces: the caller's memory may start anywhere.
-  return 64 + impl_->scratch_bytes + impl_->rotated_bytes + impl_->decode_bytes;
+  return kAlignment + impl_->scratch_bytes + impl_->rotated_bytes + impl_->decode_bytes;
 }
 
 }  // namespace moba

@@ -8,7 +8,7 @@
 
 namespace moba {
 
-// Hands out pieces of a scratch area, each aligned to 64 bytes.
+// Hands out pieces of a scratch area, each at a multiple of kAlignment bytes.
 class Carver {
  public:
   explicit Carver(std::byte* memory = nullptr) : memory_(memory) {}

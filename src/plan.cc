@@ -119,13 +119,13 @@ int Plan::threads() const { return impl_->threads; }
 
 std::size_t Plan::workspace_bytes() const {
   // 64 more than the pieces: the caller's memory may start anywhere.
-  return 64 + aligned(impl_->scratch_bytes) + impl_->q_rotated_bytes + impl_->k_rotated_bytes + impl_->centroids_bytes +
-         impl_->selection_bytes;
+  return kAlignment + aligned(impl_->scratch_bytes) + impl_->q_rotated_bytes + impl_->k_rotated_bytes +
+         impl_->centroids_bytes + impl_->selection_bytes;
 }
 
 std::size_t Plan::backward_workspace_bytes() const {
   if (impl_->steps->backward == nullptr) return 0;
-  return 64 + aligned(impl_->backward_scratch_bytes) + impl_->q_rotated_bytes + impl_->k_rotated_bytes;
+  return kAlignment + aligned(impl_->backward_scratch_bytes) + impl_->q_rotated_bytes + impl_->k_rotated_bytes;
 }
 
 std::size_t Plan::selection_bytes(bool shared) const {

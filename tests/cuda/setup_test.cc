@@ -45,7 +45,7 @@ Plan::Impl planned(const Problem& problem, const DeviceLimits& device, const std
 }
 
 std::size_t workspace_of(const Plan::Impl& plan) {
-  return 64 + aligned(plan.scratch_bytes) + plan.q_rotated_bytes + plan.k_rotated_bytes + plan.centroids_bytes +
+  return kAlignment + aligned(plan.scratch_bytes) + plan.q_rotated_bytes + plan.k_rotated_bytes + plan.centroids_bytes +
          plan.selection_bytes;
 }
 
