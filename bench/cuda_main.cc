@@ -19,7 +19,8 @@ int main(int argc, char** argv) {
   app.add_flag("--quick", options.quick, "only problems with a target (if none are named), and no continuous load");
   app.add_option("--kernels", options.kernels, "kernel family for all problems; none: the best that the device has")
       ->check(CLI::IsMember({"sm90", "portable"}));
-  app.add_option("--device", index, "GPU, as the driver counts them; none: the first that can be used");
+  app.add_option("--device", index, "GPU, as the driver counts them; none: the first that can be used")
+      ->check(CLI::NonNegativeNumber);
   app.add_flag("--list", list, "print the names of the problems, and measure nothing");
   CLI11_PARSE(app, argc, argv);
   if (list) {
@@ -31,7 +32,8 @@ int main(int argc, char** argv) {
     const auto device = std::find_if(support.devices.begin(), support.devices.end(),
                                      [&](const moba::CudaDevice& one) { return index < 0 || one.index == index; });
     if (device == support.devices.end()) {
-      const std::string why = support.problem.empty() ? "no device " + std::to_string(index) : support.problem;
+      std::string why = support.problem;
+      if (why.empty()) why = "--device: is " + std::to_string(index) + "; allowed: the devices that moba info lists";
       std::fprintf(stderr, "moba_bench_cuda: %s\n", why.c_str());
       return 1;
     }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "cuda/backend.h"
 #include "cuda/setup.h"
 
 namespace moba::bench {
@@ -16,28 +17,6 @@ std::size_t bytes(std::int64_t tokens, std::int64_t heads, const Problem& proble
 }
 std::size_t q_bytes(const Problem& p) { return bytes(p.total_q, p.q_heads, p); }
 std::size_t k_bytes(const Problem& p) { return bytes(p.total_k, p.kv_heads, p); }
-
-template <class Void>
-cuda::View<Void> view(const BasicTensor<Void>& tensor) {
-  return {tensor.data, tensor.stride[0], tensor.stride[1]};
-}
-
-cuda::Slab slab_at(const cuda::Setup& setup, int head, int token) {
-  return {head, std::min(setup.slab_heads, setup.shape.kv_heads - head), token,
-          std::min(setup.slab_tokens, setup.shape.total_q - token)};
-}
-
-// The scratch memory as forward divides it.
-struct Scratch {
-  Scratch(const CudaBuffer& workspace, const cuda::Setup& setup)
-      : carver(workspace.span().data()),
-        batch(carver, setup.shape),
-        slab(carver, setup, {0, setup.slab_heads, 0, setup.slab_tokens}) {}
-
-  Carver carver;
-  const cuda::BatchMemory batch;
-  const cuda::SlabMemory slab;
-};
 
 }  // namespace
 
@@ -91,44 +70,20 @@ void CudaWorkload::rope(Marks& marks) {
 }
 
 void CudaWorkload::staged(Marks& marks) {
-  const Problem& p = plan.problem();
-  const cuda::Setup& setup = *plan.impl().cuda;
-  const cuda::Shape& shape = setup.shape;
-  const Scratch scratch(workspace_, setup);
-  const cuda::SlabMemory& memory = scratch.slab;
-  const cuda::Batch batch{scratch.batch.sequences, scratch.batch.blocks};
-  const Tensor centroids = tensor(centroids_, plan.max_blocks(), p.kv_heads);
-  const cuda::LseView lse{static_cast<float*>(lse_.data()), outputs_.lse.stride[0], outputs_.lse.stride[1]};
-  const auto* const starts = static_cast<const std::int32_t*>(starts_.data());
-  const auto gate = setup.gate == cuda::GateKernel::sm90 ? cuda::gate_sm90 : cuda::gate_portable;
-  const auto attend = setup.attend == cuda::AttendKernel::resident_sm90 ? cuda::attend_resident_sm90
-                      : setup.attend == cuda::AttendKernel::stream_sm90 ? cuda::attend_stream_sm90
-                                                                        : cuda::attend_portable;
-
-  cuda::prepare_batch(shape, starts, starts, p.max_seqlen_q, p.max_seqlen_k, false, scratch.batch.sequences,
-                      scratch.batch.blocks, stream_);
-  marks.mark("batch");
-  cuda::pool(shape, batch, view(inputs_.k), view(centroids), stream_);
-  marks.mark("pool");
-  for (int head = 0; head < shape.kv_heads; head += setup.slab_heads) {
-    for (int token = 0; token < shape.total_q; token += setup.slab_tokens) {
-      const cuda::Slab slab = slab_at(setup, head, token);
-      const std::int64_t row = shape.slots, rows_of_token = row * shape.group, rows = rows_of_token * slab.tokens;
-      gate(shape, slab, batch, view(inputs_.q), view(ConstTensor(centroids)), {memory.ids, rows, rows_of_token, row},
-           {}, stream_);
-      marks.mark("gate");
-      cuda::index(shape, slab, batch, {memory.ids, rows, rows_of_token, row}, {}, memory.index, nullptr,
-                  memory.index_scratch, stream_);
-      marks.mark("index");
-      cuda::list_units(shape, slab, batch, memory.index, setup.rows_per_unit, memory.units, stream_);
-      marks.mark("units");
-      attend(shape, {view(inputs_.q), view(inputs_.k), view(inputs_.v), memory.index.rows}, memory.units,
-             {memory.partials, {}, {}}, stream_);
-      marks.mark("attend");
-      cuda::merge(shape, slab, memory.index, memory.partials, view(outputs_.out), lse, stream_);
-      marks.mark("merge");
-    }
-  }
+  const Plan::Impl& impl = plan.impl();
+  const Problem& p = impl.problem;
+  const Call call{impl,
+                  inputs_.q,
+                  inputs_.k,
+                  inputs_.v,
+                  {},
+                  inputs_.cu_seqlens_q,
+                  inputs_.cu_seqlens_k,
+                  from_aligned(workspace_.span()).first(impl.scratch_bytes),
+                  {stream_}};
+  Intermediates memory{};
+  memory.centroids = tensor(centroids_, plan.max_blocks(), p.kv_heads);
+  cuda::forward_by_stages(call, memory, outputs_, [&](const char* stage) { marks.mark(stage); });
 }
 
 Digest CudaWorkload::result() const {
@@ -142,16 +97,19 @@ Digest CudaWorkload::result() const {
 double CudaWorkload::longest_list() {
   const cuda::Setup& setup = *plan.impl().cuda;
   const cuda::Shape& shape = setup.shape;
-  const cuda::Slab slab = slab_at(setup, (shape.kv_heads - 1) / setup.slab_heads * setup.slab_heads,
-                                  (shape.total_q - 1) / setup.slab_tokens * setup.slab_tokens);
-  std::vector<std::int64_t> offsets(static_cast<std::size_t>(slab.heads) * static_cast<std::size_t>(shape.max_blocks) +
-                                    1);
-  MOBA_CUDA(cudaMemcpyAsync(offsets.data(), Scratch(workspace_, setup).slab.index.offsets,
-                            offsets.size() * sizeof(std::int64_t), cudaMemcpyDeviceToHost, stream_));
+  // Of the last slab, and so the first key heads of the slab's memory.
+  const int heads = (shape.kv_heads - 1) % setup.slab_heads + 1, tokens = (shape.total_q - 1) % setup.slab_tokens + 1;
+  Carver carver(from_aligned(workspace_.span()).data());
+  const cuda::BatchMemory batch(carver, shape);
+  const cuda::RopeMemory rope(carver, setup);
+  const cuda::SlabMemory slab(carver, setup, {0, setup.slab_heads, 0, setup.slab_tokens});
+  std::vector<std::int64_t> offsets(static_cast<std::size_t>(heads) * static_cast<std::size_t>(shape.max_blocks) + 1);
+  MOBA_CUDA(cudaMemcpyAsync(offsets.data(), slab.index.offsets, offsets.size() * sizeof(std::int64_t),
+                            cudaMemcpyDeviceToHost, stream_));
   MOBA_CUDA(cudaStreamSynchronize(stream_));
   std::int64_t longest = 0;
   for (std::size_t i = 1; i < offsets.size(); ++i) longest = std::max(longest, offsets[i] - offsets[i - 1]);
-  return static_cast<double>(longest) / (static_cast<double>(slab.tokens) * shape.group);
+  return static_cast<double>(longest) / (static_cast<double>(tokens) * shape.group);
 }
 
 }  // namespace moba::bench

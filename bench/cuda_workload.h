@@ -19,8 +19,8 @@ class CudaWorkload {
   void dense(Marks& marks);
   void rope(Marks& marks);
 
-  // forward without rope, as src/cuda/steps.cc makes it of kernels, with a mark behind each: batch, pool, gate, index,
-  // units, attend, merge. The stages of the public face would not tell the last three apart.
+  // forward without rope, with a mark behind each of its stages: batch, pool, gate, index, units, attend, merge. Those
+  // of the public face would not tell the last three apart.
   void staged(Marks& marks);
 
   // Of `out`. Throws std::runtime_error where it is not finite.

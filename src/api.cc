@@ -45,10 +45,14 @@ Selection tidy(const Selection& s) { return {tidy(s.ids), tidy(s.counts), tidy(s
 // What a function reads of its inputs.
 enum Reads : unsigned { kQ = 1, kK = 2, kV = 4 };
 
-// A table of the batch that only the device can read.
-void check_device_cu_seqlens(std::string_view argument, const ConstTensor& tensor, const Plan::Impl& plan) {
-  const std::int64_t batch = plan.problem.batch;
-  if (tensor.given() || batch > 1) check_tensor(plan, tensor, {argument, DType::i32, {batch + 1}});
+// A table of the batch that only the device can read, or the one sequence that stands for it.
+void check_device_cu_seqlens(std::string_view argument, const ConstTensor& tensor, const Plan::Impl& plan,
+                             std::int64_t total, std::int64_t longest) {
+  if (tensor.given()) {
+    check_tensor(plan, tensor, {argument, DType::i32, {plan.problem.batch + 1}});
+  } else {
+    checked_cu_seqlens(argument, tensor, plan, total, longest);
+  }
 }
 
 // The workspace of a call: how much of it is needed, by which name of Plan's, and how much of that is scratch.
@@ -74,8 +78,8 @@ Call make_call(const Plan& given, const Inputs& inputs, unsigned reads, Workspac
   if (plan.device == Device::cpu) {
     call.sequences = sequences_of(plan, inputs);
   } else {
-    check_device_cu_seqlens("cu_seqlens_q", inputs.cu_seqlens_q, plan);
-    check_device_cu_seqlens("cu_seqlens_k", inputs.cu_seqlens_k, plan);
+    check_device_cu_seqlens("cu_seqlens_q", inputs.cu_seqlens_q, plan, p.total_q, p.max_seqlen_q);
+    check_device_cu_seqlens("cu_seqlens_k", inputs.cu_seqlens_k, plan, p.total_k, p.max_seqlen_k);
     call.cu_seqlens_q = inputs.cu_seqlens_q;
     call.cu_seqlens_k = inputs.cu_seqlens_k;
   }
@@ -301,6 +305,7 @@ void gate(const Plan& plan, const Inputs& inputs, const ConstTensor& centroids, 
 }
 
 void index(const Plan& plan, const Inputs& inputs, const Selection& selection, Workspace workspace, Stream stream) {
+  check_index_fits(plan.impl());
   const Call call = make_call(plan, inputs, 0, workspace, stream);
   check_selection_rows(plan.impl(), selection, false);
   check_selection_transpose(plan.impl(), selection);
@@ -316,6 +321,7 @@ void index(const Plan& plan, const Inputs& inputs, const Selection& selection, W
 }
 
 void select(const Plan& plan, const Inputs& inputs, const Selection& selection, Workspace workspace, Stream stream) {
+  check_index_fits(plan.impl());
   const Problem& p = plan.problem();
   const Call call = make_call(plan, inputs, kQ | kK, workspace, stream);
   check_selection_rows(plan.impl(), selection, true);

@@ -36,7 +36,7 @@ struct CachePlan::Impl {
   const CacheSteps* steps;
   std::int64_t max_blocks = 0;  // closed ones, of the longest sequence
 
-  // Workspace, each piece 64-byte aligned: scratch of the plan's steps, q or k rotated, what decode takes.
+  // Workspace, each piece at a multiple of kAlignment: scratch of the plan's steps, q or k rotated, what decode takes.
   std::size_t scratch_bytes = 0, rotated_bytes = 0, decode_bytes = 0;
 };
 

@@ -75,7 +75,7 @@ int CachePlan::threads() const { return impl_->plan.threads(); }
 std::string CachePlan::kernels() const { return impl_->plan.kernels(); }
 
 std::size_t CachePlan::workspace_bytes() const {
-  // 64 more than the pieces: the caller's memory may start anywhere.
+  // kAlignment more than the pieces: the caller's memory may start anywhere.
   return kAlignment + impl_->scratch_bytes + impl_->rotated_bytes + impl_->decode_bytes;
 }
 

@@ -26,7 +26,7 @@ struct BadList {
   bool found() const { return first != std::numeric_limits<std::int64_t>::max(); }
 };
 
-// Device kernels count in 16-byte pieces of 32 bits from the start of a tensor.
+// Elements, 64 GiB: device kernels may count in 16-byte pieces of 32 bits from the start of a tensor.
 constexpr std::int64_t kMaxDeviceStride = std::int64_t{1} << 35;
 
 // The pointer of a cuda tensor must be of that device: a kernel that follows another ends the process's use of the GPU.
@@ -178,6 +178,13 @@ void check_no_overlap(std::span<const Region> outputs, std::span<const Region> i
     for (const Region& input : inputs) check(outputs[i], input);
     for (std::size_t j = 0; j < i; ++j) check(outputs[i], outputs[j]);
   }
+}
+
+void check_index_fits(const Plan::Impl& plan) {
+  if (plan.index_workspace_limit == 0) return;
+  const std::size_t limit = plan.options.workspace_limit;
+  refuse("options.workspace_limit", limit == 0 ? "not given" : std::to_string(limit) + " bytes",
+         "at least " + std::to_string(plan.index_workspace_limit) + " bytes for index and select of this problem");
 }
 
 void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t needed, std::string_view what) {

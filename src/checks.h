@@ -54,6 +54,9 @@ void check_no_overlap(std::span<const Region> outputs, std::span<const Region> i
 // `what` names the function of Plan that says what is needed.
 void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t needed, std::string_view what);
 
+// index() and select() on cuda, whose memory grows with tokens * blocks: only where the plan's limit has room for it.
+void check_index_fits(const Plan::Impl& plan);
+
 // Functions that the cuda backend does not have yet.
 void check_has_backward(const Plan::Impl& plan);
 

@@ -118,7 +118,7 @@ bool Plan::forward_is_dense() const { return impl_->forward_is_dense; }
 int Plan::threads() const { return impl_->threads; }
 
 std::size_t Plan::workspace_bytes() const {
-  // 64 more than the pieces: the caller's memory may start anywhere.
+  // kAlignment more than the pieces: the caller's memory may start anywhere.
   return kAlignment + aligned(impl_->scratch_bytes) + impl_->q_rotated_bytes + impl_->k_rotated_bytes +
          impl_->centroids_bytes + impl_->selection_bytes;
 }

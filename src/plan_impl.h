@@ -41,7 +41,11 @@ struct Plan::Impl {
 
   std::size_t backward_scratch_bytes = 0;  // scratch of backward, and of the rope before it; 0 where there is none
 
-  // Workspace of forward: scratch, then the outputs of the inner stages, each 64-byte aligned.
+  // cuda: the least options.workspace_limit with which index() and select() can be called, if the plan has less; else
+  // 0.
+  std::size_t index_workspace_limit = 0;
+
+  // Workspace of forward: scratch, then the outputs of the inner stages, each at a multiple of kAlignment.
   std::size_t scratch_bytes = 0;
   std::size_t q_rotated_bytes = 0, k_rotated_bytes = 0, centroids_bytes = 0, selection_bytes = 0;
 };

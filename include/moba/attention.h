@@ -6,9 +6,10 @@
 // With a plan of the cuda backend all tensors and the workspace lie on its device; q, k, v, out, centroids and rotated
 // copies at multiples of 16 bytes, with strides that are multiples of 8 above 0. A function puts its work on the
 // stream, whatever device is current, and returns: it allocates nothing, waits for nothing and can be captured in a
-// CUDA graph. So what only the device can see is not refused: with cu_seqlens that are not as they must be, every row
-// of out and lse is NaN; a row whose ids are not as they must be is chosen by no block, and its out and lse are NaN. No
-// memory is touched that was not given.
+// CUDA graph (CUDA itself loads a kernel at its first launch in a process, unless CUDA_MODULE_LOADING is EAGER). So
+// what only the device can see is not refused: with cu_seqlens that are not as they must be, every row of out and lse
+// is NaN; a row whose ids are not as they must be is chosen by no block, and its out and lse are NaN. No memory is
+// touched that was not given.
 //
 // Shapes: Tq, Tk tokens of the packed batch, Hq query heads, Hk key heads, g = Hq / Hk, d head dim. docs/spec.md
 // defines the computation; arXiv 2502.13189 is where it comes from.
@@ -121,7 +122,8 @@ MOBA_EXPORT void gate(const Plan& plan, const Inputs& inputs, const ConstTensor&
                       Workspace workspace, Stream stream = {});
 
 // index: checks selection.ids (ascending, in range, then -1) and writes counts, offsets and rows. To attend to a
-// selection of one's own, fill ids and call this.
+// selection of one's own, fill ids and call this. On cuda it takes workspace for 6 * blocks * (tokens * g / 1024) bytes
+// a key head, of the longest such problems more than a plan has; they are refused here and in select, and nowhere else.
 MOBA_EXPORT void index(const Plan& plan, const Inputs& inputs, const Selection& selection, Workspace workspace,
                        Stream stream = {});
 

@@ -52,9 +52,10 @@ struct Options {
   Bf16Products bf16_products = Bf16Products::automatic;
 
   // cuda: the device, as cudaSetDevice counts; the kernel family, "sm90" (Hopper) or "portable" (compute capability 8.0
-  // and later), empty for the best that the device has; and how many bytes workspace_bytes() may come to at most, 0 for
-  // 2 GiB beyond what rope and centroids take. Less memory means more and shorter passes over heads and queries; the
-  // results are the same bits, where v is finite.
+  // and later), empty for the best that the device has; a step that sm90 has no kernel for (gate, from top_k 18 on)
+  // takes the portable one. And how many bytes workspace_bytes() may come to at most, 0 for 2 GiB beyond what rope and
+  // centroids take (more only where a plan cannot do with less: many short sequences). Less memory means more and
+  // shorter passes over heads and queries; the results are the same bits, where v is finite.
   int cuda_device = 0;
   std::string cuda_kernels;
   std::size_t workspace_limit = 0;

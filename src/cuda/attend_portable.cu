@@ -49,7 +49,7 @@ __device__ __forceinline__ void separate_nonfinite(WarpRows<T, kDim>& rows, T* v
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) attend_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) attend_kernel(const __grid_constant__ Arguments p) {
   using Layout = Tiles<T, kDim>;
   constexpr int kRowBytes = Layout::kRowBytes;
   extern __shared__ __align__(128) unsigned char shared_bytes[];
@@ -131,19 +131,19 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) attend_kernel(const __gr
 }
 
 template <class T, int kDim>
-void launch_attend(const Shape& shape, const Problem& problem, cudaStream_t stream) {
+void launch_attend(const Shape& shape, const Arguments& arguments, cudaStream_t stream) {
   launch(attend_kernel<T, kDim>, dim3(static_cast<unsigned>(shape.sm_count * kCtasPerSm)), kThreads,
-         sizeof(typename Tiles<T, kDim>::Shared), stream, problem);
+         sizeof(typename Tiles<T, kDim>::Shared), stream, arguments);
 }
 
 template <class T>
-void launch_attend(const Shape& shape, const Problem& problem, cudaStream_t stream) {
+void launch_attend(const Shape& shape, const Arguments& arguments, cudaStream_t stream) {
   if (shape.head_dim <= 64) {
-    launch_attend<T, 64>(shape, problem, stream);
+    launch_attend<T, 64>(shape, arguments, stream);
   } else if (shape.head_dim <= 128) {
-    launch_attend<T, 128>(shape, problem, stream);
+    launch_attend<T, 128>(shape, arguments, stream);
   } else {
-    launch_attend<T, 256>(shape, problem, stream);
+    launch_attend<T, 256>(shape, arguments, stream);
   }
 }
 
@@ -155,13 +155,13 @@ void attend_portable(const Shape& shape, const AttendInput& input, const UnitLis
                      cudaStream_t stream) {
   if (shape.total_q == 0 || shape.total_k == 0) return;
   const bool tickets = input.rows == nullptr || shape.block_size > kShortUnitKeys;
-  const Problem problem{input,          output,      units,
-                        shape.head_dim, shape.group, static_cast<float>(shape.scale * std::numbers::log2e),
-                        tickets};
+  const Arguments arguments{input,          output,      units,
+                            shape.head_dim, shape.group, static_cast<float>(shape.scale * std::numbers::log2e),
+                            tickets};
   if (shape.dtype == DType::bf16) {
-    launch_attend<__nv_bfloat16>(shape, problem, stream);
+    launch_attend<__nv_bfloat16>(shape, arguments, stream);
   } else {
-    launch_attend<__half>(shape, problem, stream);
+    launch_attend<__half>(shape, arguments, stream);
   }
 }
 

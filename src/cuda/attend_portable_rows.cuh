@@ -219,7 +219,7 @@ struct WarpRows {
   }
 
   // Writes the rows of the unit that are this warp's, from `first_row` on.
-  __device__ __forceinline__ void store(const Problem& p, const Unit& unit, int first_row, float c) {
+  __device__ __forceinline__ void store(const Arguments& p, const Unit& unit, int first_row, float c) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -266,7 +266,7 @@ struct WarpRows {
     }
   }
 
-  __device__ __forceinline__ void store_partial(const Problem& p, std::int64_t entry, int m, int h, float lse) const {
+  __device__ __forceinline__ void store_partial(const Arguments& p, std::int64_t entry, int m, int h, float lse) const {
     const int c = static_cast<int>(threadIdx.x) % 4;
     T* to = static_cast<T*>(p.output.partials.out) + entry * p.head_dim + 8 * c;
 #pragma unroll
@@ -282,7 +282,7 @@ struct WarpRows {
     if (c == 0) p.output.partials.lse[entry] = lse;
   }
 
-  __device__ __forceinline__ void store_final(const Problem& p, const Unit& unit, int row, int m, int h,
+  __device__ __forceinline__ void store_final(const Arguments& p, const Unit& unit, int row, int m, int h,
                                               float lse) const {
     const int c = static_cast<int>(threadIdx.x) % 4;
     const int token = row / p.group;

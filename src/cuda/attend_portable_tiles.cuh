@@ -18,7 +18,7 @@ inline constexpr int kWarps = 4;
 inline constexpr int kThreads = 32 * kWarps;
 inline constexpr int kTileKeys = 64;
 
-struct Problem {
+struct Arguments {
   AttendInput input;
   AttendOutput output;
   UnitList units;
@@ -114,8 +114,8 @@ class Units {
   using Shared = typename Tiles<T, kDim>::Shared;
   static constexpr int kRows = Tiles<T, kDim>::kRows;
 
-  __device__ Units(const Problem& problem, Shared& shared)
-      : p_(problem), s_(shared), count_(problem.units.counters[1]), step_(problem.tickets ? 0 : 2) {}
+  __device__ Units(const Arguments& arguments, Shared& shared)
+      : p_(arguments), s_(shared), count_(arguments.units.counters[1]), step_(arguments.tickets ? 0 : 2) {}
 
   __device__ const Unit& current() const { return s_.units[turn_ % 3]; }
   __device__ const Unit& next() const { return s_.units[(turn_ + 1) % 3]; }
@@ -201,7 +201,7 @@ class Units {
     for (int i = 0; i < static_cast<int>(sizeof(Unit) / 16); ++i) ptx::copy_async(address + 16 * i, from + 16 * i);
   }
 
-  const Problem& p_;
+  const Arguments& p_;
   Shared& s_;
   int count_;
   int step_;        // 0: take a ticket, 1: fetch the unit, 2: fetch its rows, 3: done

@@ -246,17 +246,12 @@ constexpr int kElementBytes = 2;
 
 Arguments arguments_of(const Shape& shape, const AttendInput& input, const UnitList& list, const AttendOutput& output) {
   // Rows are addressed in 32 bits of the greatest unit that divides their strides: 256 bytes for [Tq, Hq, 128], never
-  // below 16. With one query head to a key head the distance between heads does not count.
+  // below 16, and tensors span up to 64 GiB (checks.cc). With one query head to a key head the distance between heads
+  // does not count.
   const std::int64_t token_bytes = input.q.token_stride * kElementBytes;
   const std::int64_t head_bytes = shape.group == 1 ? 0 : input.q.head_stride * kElementBytes;
   constexpr std::int64_t kLargestUnit = 1 << 16;
   const std::int64_t unit = std::gcd(std::gcd(token_bytes, head_bytes), kLargestUnit);
-  const std::int64_t reach = (shape.total_q - 1) * (token_bytes / unit) + (shape.group - 1) * (head_bytes / unit);
-  if (reach > std::numeric_limits<std::uint32_t>::max()) {
-    throw Error("q: strides of " + std::to_string(input.q.token_stride) + " (tokens) and " +
-                std::to_string(input.q.head_stride) + " (heads) elements reach too far; allowed are " +
-                std::to_string(unit << 32) + " bytes for the heads of a key head");
-  }
   return {.units = list.units,
           .counters = list.counters,
           .rows = input.rows,

@@ -13,7 +13,7 @@
 #include "cuda/swizzle.cuh"
 #include "cuda/visible_keys.cuh"
 
-namespace moba::cuda::stream {
+namespace moba::cuda::streaming {
 
 template <int d>
 __device__ void publish_tasks(Control& control, const Arguments& arguments) {
@@ -200,4 +200,4 @@ __device__ void gather_queries(std::uint32_t shared, Control& control, const Arg
   }
 }
 
-}  // namespace moba::cuda::stream
+}  // namespace moba::cuda::streaming

@@ -9,7 +9,7 @@
 #include "cuda/ptx/math.cuh"
 #include "cuda/visible_keys.cuh"
 
-namespace moba::cuda::stream {
+namespace moba::cuda::streaming {
 
 // The lane's two rows of the unit, 8 apart, and what is known of their softmax. The scores of a row are taken relative
 // to a reference near their maximum.
@@ -178,4 +178,4 @@ __device__ __forceinline__ void store_output(const float (&o)[d / 2], const floa
   }
 }
 
-}  // namespace moba::cuda::stream
+}  // namespace moba::cuda::streaming

@@ -16,7 +16,7 @@
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/swizzle.cuh"
 
-namespace moba::cuda::stream {
+namespace moba::cuda::streaming {
 
 constexpr int kRows = 128;  // of a unit
 constexpr int kTileKeys = 128;
@@ -95,4 +95,4 @@ __device__ __forceinline__ const Task& wait_task(const Control& control, int n) 
   return control.tasks_of[n % kTasks];
 }
 
-}  // namespace moba::cuda::stream
+}  // namespace moba::cuda::streaming

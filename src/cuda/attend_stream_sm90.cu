@@ -35,7 +35,7 @@
 #include "cuda/tensor_map.h"
 
 namespace moba::cuda {
-namespace stream {
+namespace streaming {
 namespace {
 
 template <class T>
@@ -209,21 +209,21 @@ void launch_attend(const Shape& shape, const AttendInput& input, const Arguments
 }
 
 }  // namespace
-}  // namespace stream
+}  // namespace streaming
 
 void attend_stream_sm90(const Shape& shape, const AttendInput& input, const UnitList& units, const AttendOutput& output,
-                        cudaStream_t cuda_stream) {
+                        cudaStream_t stream) {
   if (shape.total_q == 0 || shape.total_k == 0) return;
   // Never 0, for masked scores are -inf and -inf * 0 is NaN; a score times this is as good as 0.
   const float scale = std::max(static_cast<float>(shape.scale * std::numbers::log2e), FLT_MIN);
-  const stream::Arguments arguments{input, units, output, shape.group, Divide(shape.group), scale};
+  const streaming::Arguments arguments{input, units, output, shape.group, Divide(shape.group), scale};
   const bool bf16 = shape.dtype == DType::bf16;
   if (shape.head_dim == 128) {
-    bf16 ? stream::launch_attend<__nv_bfloat16, 128>(shape, input, arguments, cuda_stream)
-         : stream::launch_attend<__half, 128>(shape, input, arguments, cuda_stream);
+    bf16 ? streaming::launch_attend<__nv_bfloat16, 128>(shape, input, arguments, stream)
+         : streaming::launch_attend<__half, 128>(shape, input, arguments, stream);
   } else {
-    bf16 ? stream::launch_attend<__nv_bfloat16, 64>(shape, input, arguments, cuda_stream)
-         : stream::launch_attend<__half, 64>(shape, input, arguments, cuda_stream);
+    bf16 ? streaming::launch_attend<__nv_bfloat16, 64>(shape, input, arguments, stream)
+         : streaming::launch_attend<__half, 64>(shape, input, arguments, stream);
   }
 }
 

@@ -2,6 +2,7 @@
 // place of everything else in this folder.
 #pragma once
 
+#include <functional>
 #include <string>
 
 #include "call.h"
@@ -20,6 +21,11 @@ void prepare(Plan::Impl& plan);
 
 // "cuda (NVIDIA H200): gate sm90, attend resident sm90, 2 passes"
 std::string describe_kernels(const Plan::Impl& plan);
+
+// forward, for who times it: `done` is called with the name of each stage when its kernels are on the stream: batch,
+// pool (or rope, which pools as well), then for each slab gate, index, units, attend, merge.
+void forward_by_stages(const Call& call, const Intermediates& memory, const Outputs& outputs,
+                       const std::function<void(const char*)>& done);
 
 CudaSupport support();
 

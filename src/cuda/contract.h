@@ -82,11 +82,8 @@ struct IdsView {
   std::int64_t head_stride, token_stride, group_stride;
 };
 
-// Ids of a row that are not -1; the strides as in IdsView. Null if not wanted.
-struct CountsView {
-  std::int32_t* data;
-  std::int64_t head_stride, token_stride, group_stride;
-};
+// How many ids of a row are not -1; null if not wanted.
+using CountsView = IdsView<std::int32_t>;
 
 // The transpose of the slab's ids.
 struct Index {
@@ -106,7 +103,7 @@ struct alignas(16) Unit {
   std::int32_t rows;             // >= 1
   std::int32_t first_token;      // row with token t sees min(keys, max(0, t - first_token + 1)) keys if causal
   std::int32_t masked;           // leading rows that see fewer than `keys` keys; 0 if not causal
-  std::int32_t row0;  // >= 0: the first `masked` rows (dense: all rows) are row0, row0 + 1, ...; -1: read them
+  std::int32_t row0;          // >= 0: the first `masked` rows (dense: all rows) are row0, row0 + 1, ...; -1: read them
   std::int32_t rest[3] = {};  // units are copied whole, 16 bytes at a time
 };
 
@@ -176,8 +173,9 @@ void gate_sm90(const Shape&, Slab, Batch, View<const void> q, View<const void> c
 void gate_portable(const Shape&, Slab, Batch, View<const void> q, View<const void> centroids, IdsView<std::int32_t> ids,
                    CountsView counts, cudaStream_t);
 
-// index.cu. Entries of the slab start at offsets_begin (device, null: 0), which is how the slabs of a public index()
-// follow each other. positions may be null.
+// index.cu, for up to kMaxBlocks blocks. Entries of the slab start at offsets_begin (device, null: 0), which is how the
+// slabs of a public index() follow each other. positions may be null.
+inline constexpr int kMaxBlocks = 1 << 21;
 std::size_t index_scratch_bytes(const Shape&, Slab);
 void index(const Shape&, Slab, Batch, IdsView<const std::int32_t> ids, CountsView counts, const Index&,
            const std::int64_t* offsets_begin, void* scratch, cudaStream_t);

@@ -1,5 +1,8 @@
 #include "cuda/device.h"
 
+#include <algorithm>
+#include <charconv>
+
 #include "cuda/backend.h"
 #include "cuda/launch.h"
 #include "refuse.h"
@@ -21,12 +24,12 @@ int count_devices(std::string& problem) {
     problem = "the NVIDIA driver is too old: it serves CUDA " + version_text(driver) + ", this library needs " +
               std::to_string(runtime / 1000) + ".0";
   } else if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
+    cudaGetLastError();  // not an error of whoever calls CUDA next
     problem = std::string("no GPU can be used: ") + cudaGetErrorString(error);
     count = 0;
   } else if (count == 0) {
     problem = "the NVIDIA driver lists no GPU";
   }
-  cudaGetLastError();
   return count;
 }
 
@@ -53,13 +56,28 @@ std::string unfit(const DeviceLimits& limits) {
   const std::string is =
       limits.name + ", compute capability " + std::to_string(limits.major) + "." + std::to_string(limits.minor);
   if (limits.major < 8) return is + "; allowed: devices of compute capability 8.0 or later";
-  const CurrentDevice current(limits.index);
-  if (!has_kernels_for_current_device())
-    return is + ", which this library was not built for; allowed: a build that names it";
+  if (!is_built_for(limits.major, limits.minor, MOBA_CUDA_TARGETS)) {
+    return is + ", which this library was not built for (MOBA_CUDA_ARCHITECTURES is " + MOBA_CUDA_TARGETS + ")";
+  }
   return {};
 }
 
 }  // namespace
+
+bool is_built_for(int major, int minor, std::string_view targets) {
+  const int device = major * 10 + minor;
+  while (!targets.empty()) {
+    const std::string_view target = targets.substr(0, targets.find(' '));
+    targets.remove_prefix(std::min(targets.size(), target.size() + 1));
+    int arch = 0;
+    const auto [end, error] = std::from_chars(target.data(), target.data() + target.size(), arch);
+    if (error != std::errc()) return true;  // "native", "all": nothing to compare with
+    const std::string_view kind(end, static_cast<std::size_t>(target.data() + target.size() - end));
+    if (kind != "-virtual" && arch / 10 == major && arch <= device) return true;  // machine code
+    if (kind != "-real" && arch <= device) return true;                           // PTX
+  }
+  return false;
+}
 
 CurrentDevice::CurrentDevice(int index) {
   MOBA_CUDA(cudaGetDevice(&before_));
@@ -114,10 +132,12 @@ CudaSupport support() {
 
 int device_of(const void* pointer) {
   cudaPointerAttributes attributes;
-  if (cudaPointerGetAttributes(&attributes, pointer) != cudaSuccess) {
+  const cudaError_t error = cudaPointerGetAttributes(&attributes, pointer);
+  if (error == cudaErrorInvalidValue) {  // memory that CUDA does not know
     cudaGetLastError();
     return -1;
   }
+  if (error != cudaSuccess) fail(error, "a look at a pointer, if not in an earlier kernel", __FILE__, __LINE__);
   const bool on_device = attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
   return on_device ? attributes.device : -1;
 }

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "moba/info.h"
@@ -38,7 +39,8 @@ class CurrentDevice {
   bool changed_ = false;
 };
 
-// probe.cu: whether this library holds kernels that the current device can run.
-bool has_kernels_for_current_device();
+// Whether kernels compiled for `targets` (as MOBA_CUDA_ARCHITECTURES, separated by spaces) run on a device of this
+// compute capability. Asked without touching the device, which would take memory on it.
+bool is_built_for(int major, int minor, std::string_view targets);
 
 }  // namespace moba::cuda

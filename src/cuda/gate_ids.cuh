@@ -19,11 +19,11 @@
 
 namespace moba::cuda::gating {
 
-// Chosen blocks of a row, spread over a pair of lanes: place p is element p % (room / 2) of lane p / (room / 2) of the
-// pair. INT_MAX where there is none.
-template <int room>
+// Chosen blocks of a row, spread over a pair of lanes: place p is element p % (capacity / 2) of lane p / (capacity / 2)
+// of the pair. INT_MAX where there is none.
+template <int capacity>
 struct Choice {
-  int block[room / 2];
+  int block[capacity / 2];
   int count;  // of the row
 };
 
@@ -46,8 +46,8 @@ __device__ __forceinline__ bool scores_nan(const void* q, const void* centroid, 
 // its first row in the slab, limits those of this lane's row. The rows' lists hold the choice meanwhile.
 template <class C>
 __device__ __forceinline__ void fill_up(const Arguments& a, const Item& item, int row0, const Limits& limits,
-                                        const PairLane& pair, Choice<C::kRoom>& choice, unsigned short_rows) {
-  constexpr int kHalfRoom = C::kRoom / 2;
+                                        const PairLane& pair, Choice<C::kCapacity>& choice, unsigned short_rows) {
+  constexpr int kHalfRoom = C::kCapacity / 2;
   const int lane = threadIdx.x & 31, head = a.slab.head_begin + item.head;
   const bool bf16 = a.shape.dtype == DType::bf16;
   const std::uint32_t mine = pair.entry0 + (pair.odd ? kHalfRoom * kEntryStride : 0);
@@ -97,8 +97,8 @@ __device__ __forceinline__ void fill_up(const Arguments& a, const Item& item, in
 // Puts the blocks in ascending order and writes them, less the sequence's first, the own block and the -1 behind.
 template <class C>
 __device__ __forceinline__ void write_ids(const Arguments& a, const Item& item, int row, const Limits& limits, bool odd,
-                                          Choice<C::kRoom>& choice) {
-  constexpr int kHalfRoom = C::kRoom / 2;
+                                          Choice<C::kCapacity>& choice) {
+  constexpr int kHalfRoom = C::kCapacity / 2;
   sort<SmallestFirst>(choice.block);
   merge_two_lanes<SmallestFirst>(choice.block, odd);
   if (is_past(a, row)) return;
@@ -128,7 +128,7 @@ __device__ __forceinline__ void write_ids(const Arguments& a, const Item& item, 
       if (begin + e < slots) to[begin + e] = choice.block[e];
     }
   }
-  if (odd && slots > C::kRoom) to[C::kRoom] = choice.count == C::kRoom ? own : -1;
+  if (odd && slots > C::kCapacity) to[C::kCapacity] = choice.count == C::kCapacity ? own : -1;
   if (!odd && a.counts.data != nullptr) {
     a.counts.data[item.head * a.counts.head_stride + token * a.counts.token_stride +
                   head_in_group * a.counts.group_stride] = choice.count + (has_own ? 1 : 0);
@@ -139,17 +139,18 @@ __device__ __forceinline__ void write_ids(const Arguments& a, const Item& item, 
 template <class C>
 __device__ __forceinline__ void finish(const Arguments& a, const Item& item, int row0, const Limits& limits,
                                        const Rows<C>& rows, const PairLane& pair, int rank, bool scored) {
-  constexpr int kHalfRoom = C::kRoom / 2;
+  constexpr int kHalfRoom = C::kCapacity / 2;
   const int lane = threadIdx.x & 31, row = lane >> 1, begin = pair.odd ? kHalfRoom : 0;
-  Choice<C::kRoom> choice;
+  Choice<C::kCapacity> choice;
   if (scored) {
     __syncwarp();
     const int quad = (row & 7) * 4;
     const int entries0 = __shfl_sync(kAllLanes, rows.entries[0], quad),
               entries1 = __shfl_sync(kAllLanes, rows.entries[1], quad);
-    const float bar0 = __shfl_sync(kAllLanes, rows.bar[0], quad), bar1 = __shfl_sync(kAllLanes, rows.bar[1], quad);
-    const Picked picked = pick<C::kRoom, C::kLowestRank, C::kHighestRank, true>(
-        pair, row < 8 ? entries0 : entries1, fmaxf(row < 8 ? bar0 : bar1, -FLT_MAX), rank);
+    const float threshold0 = __shfl_sync(kAllLanes, rows.threshold[0], quad),
+                threshold1 = __shfl_sync(kAllLanes, rows.threshold[1], quad);
+    const Picked picked = pick<C::kCapacity, C::kLowestRank, C::kHighestRank, true>(
+        pair, row < 8 ? entries0 : entries1, fmaxf(row < 8 ? threshold0 : threshold1, -FLT_MAX), rank);
     const int other = __shfl_xor_sync(kAllLanes, picked.count, 1), even = pair.odd ? other : picked.count;
     choice.count = picked.count + other;
     load_picked(pair, picked, even, begin, choice.block);

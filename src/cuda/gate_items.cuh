@@ -16,14 +16,14 @@ namespace moba::cuda::gating {
 constexpr int kColumns = 128;          // centroids of a tile
 constexpr int kOldest = 0, kHalf = 8;  // first of its 16 groups of 8 columns: the whole tile, the newer half
 
-// d columns of q; lists of the `room` best; lowest_rank to highest_rank blocks to choose.
-template <int d, int room, int lowest_rank, int highest_rank>
+// d columns of q; lists of the `capacity` best; lowest_rank to highest_rank blocks to choose.
+template <int d, int capacity, int lowest_rank, int highest_rank>
 struct Config {
-  static constexpr int kDim = d, kRoom = room, kLowestRank = lowest_rank, kHighestRank = highest_rank;
-  static constexpr int kGroups = room / 2;  // group maxima of a lane and row
-  static constexpr int kConsumers = room == 8 ? 3 : 2;
-  static constexpr int kConsumerRegisters = room == 8 ? 160 : 232, kProducerRegisters = room == 8 ? 32 : 40;
-  static constexpr int kEntries = room == 8 ? 32 : 64;  // of a list
+  static constexpr int kDim = d, kCapacity = capacity, kLowestRank = lowest_rank, kHighestRank = highest_rank;
+  static constexpr int kGroups = capacity / 2;  // group maxima of a lane and row
+  static constexpr int kConsumers = capacity == 8 ? 3 : 2;
+  static constexpr int kConsumerRegisters = capacity == 8 ? 160 : 232, kProducerRegisters = capacity == 8 ? 32 : 40;
+  static constexpr int kEntries = capacity == 8 ? 32 : 64;  // of a list
   static constexpr int kStages = 2;
   static constexpr int kRows = 64 * kConsumers, kThreads = 128 * (kConsumers + 1);
 
@@ -34,7 +34,7 @@ struct Config {
   static constexpr int kSpans = kLimits + 2 * kConsumers * 64 * 8;  // [2][consumers] of Span
   static constexpr int kBarriers = kSpans + 2 * kConsumers * 8;
   static constexpr int kSharedBytes = kBarriers + (2 * kStages + 2 * kConsumers) * 8;
-  static_assert(highest_rank <= room && room + 16 <= kEntries && kEntries % 8 == 0 && kSharedBytes <= 232448);
+  static_assert(highest_rank <= capacity && capacity + 16 <= kEntries && kEntries % 8 == 0 && kSharedBytes <= 232448);
 };
 
 struct Arguments {

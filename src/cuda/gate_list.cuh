@@ -57,10 +57,10 @@ struct SingleWriter {
   }
 };
 
-// Splits entries into singles of at least `bar` (above -inf), in place: single i never passes entry i / 2. `entries`
-// counts those of the row. Returns how many singles the lane has got.
-__device__ __forceinline__ int split_entries(const PairLane& lane, int entries, float bar) {
-  constexpr int kBatch = 4;  // loads in flight; lists have room for a multiple of 2 kBatch entries
+// Splits entries into singles of at least `threshold` (above -inf), in place: single i never passes entry i / 2.
+// `entries` counts those of the row. Returns how many singles the lane has got.
+__device__ __forceinline__ int split_entries(const PairLane& lane, int entries, float threshold) {
+  constexpr int kBatch = 4;  // loads in flight; lists hold a multiple of 2 kBatch entries
   const int longest = (__reduce_max_sync(kAllLanes, entries) + 1) >> 1;
   SingleWriter singles(lane);
   for (int i = 0; i < longest; i += kBatch) {
@@ -77,8 +77,8 @@ __device__ __forceinline__ int split_entries(const PairLane& lane, int entries, 
     }
 #pragma unroll
     for (int e = 0; e < kBatch; ++e) {
-      singles.append_if_reached(x[e], bar, block[e]);
-      singles.append_if_reached(y[e], bar, block[e] + 1);
+      singles.append_if_reached(x[e], threshold, block[e]);
+      singles.append_if_reached(y[e], threshold, block[e] + 1);
     }
   }
   return singles.count();
@@ -119,32 +119,32 @@ __device__ __forceinline__ int drop_tied(const PairLane& lane, int count, int ro
   return kept;
 }
 
-// Picks the `rank` best singles of each row: all if there are fewer; among equal scores the more recent block. `room`
-// is 8 or 16, `rank` from lowest_rank to highest_rank, which is at most room. Only singles of at least `bar` count;
-// rank of the row's best are, if it has so many. With `spread` the result may come spread.
+// Picks the `rank` best singles of each row: all if there are fewer; among equal scores the more recent block.
+// `capacity` is 8 or 16, `rank` from lowest_rank to highest_rank, which is at most capacity. Only singles of at least
+// `threshold` count; rank of the row's best are, if it has so many. With `spread` the result may come spread.
 //
-// The lane's first `room` singles are sorted by a network; the few behind them are inserted one by one (random scores
-// leave such to 2 warps in 5 at rank 7 of 8). No branches but for those and for ties: stores are predicated.
-template <int room, int lowest_rank, int highest_rank, bool spread>
-__device__ __forceinline__ Picked pick(const PairLane& lane, int entries, float bar, int rank) {
-  const int singles = split_entries(lane, entries, bar), longest = __reduce_max_sync(kAllLanes, singles);
-  float score[room], best[room];
-  int block[room];
+// The lane's first `capacity` singles are sorted by a network; the few behind them are inserted one by one (random
+// scores leave such to 2 warps in 5 at rank 7 of 8). No branches but for those and for ties: stores are predicated.
+template <int capacity, int lowest_rank, int highest_rank, bool spread>
+__device__ __forceinline__ Picked pick(const PairLane& lane, int entries, float threshold, int rank) {
+  const int singles = split_entries(lane, entries, threshold), longest = __reduce_max_sync(kAllLanes, singles);
+  float score[capacity], best[capacity];
+  int block[capacity];
 #pragma unroll
-  for (int i = 0; i < room; ++i) {
+  for (int i = 0; i < capacity; ++i) {
     lane.load(i, score[i], block[i]);
     if (i >= singles) score[i] = -INFINITY;
     best[i] = score[i];
   }
   sort<LargestFirst>(best);
 #pragma unroll 1
-  for (int i = room; i < longest; ++i) {
+  for (int i = capacity; i < longest; ++i) {
     float next;
     int unused;
     lane.load(i, next, unused);
     if (i >= singles) next = -INFINITY;
 #pragma unroll
-    for (int j = 0; j < room; ++j) {
+    for (int j = 0; j < capacity; ++j) {
       const float greater = fmaxf(best[j], next);
       next = fminf(best[j], next);
       best[j] = greater;
@@ -152,13 +152,13 @@ __device__ __forceinline__ Picked pick(const PairLane& lane, int entries, float 
   }
   const float least = fmaxf(ranked_of_two_lanes<LargestFirst, lowest_rank, highest_rank>(best, 1, rank), -FLT_MAX);
 
-  Picked picked{0, least, spread && longest <= room};
+  Picked picked{0, least, spread && longest <= capacity};
   const auto keep_singles = [&] {
     SingleWriter kept(lane);
 #pragma unroll
-    for (int i = 0; i < room; ++i) kept.append_if_reached(score[i], least, block[i]);
+    for (int i = 0; i < capacity; ++i) kept.append_if_reached(score[i], least, block[i]);
 #pragma unroll 1
-    for (int i = room; i < longest; ++i) {
+    for (int i = capacity; i < longest; ++i) {
       float s;
       int b;
       lane.load(i, s, b);
@@ -169,7 +169,7 @@ __device__ __forceinline__ Picked pick(const PairLane& lane, int entries, float 
   if (picked.spread) {
     std::uint32_t to = lane.entry(0);
 #pragma unroll
-    for (int i = 0; i < room; ++i) ptx::append_if_reached<2 * kEntryStride>(to, score[i], least, block[i]);
+    for (int i = 0; i < capacity; ++i) ptx::append_if_reached<2 * kEntryStride>(to, score[i], least, block[i]);
     picked.count = static_cast<int>(to - lane.entry(0)) / (2 * kEntryStride);
   } else {
     keep_singles();
@@ -207,22 +207,22 @@ __device__ __forceinline__ void load_picked(const PairLane& lane, const Picked& 
 }
 
 // Cuts the row's list down to its `rank` best, one to an entry. Returns their number and the least score.
-template <int room, int lowest_rank, int highest_rank>
-__device__ __forceinline__ Picked compact(const PairLane& lane, int entries, float bar, int rank) {
-  const Picked picked = pick<room, lowest_rank, highest_rank, false>(lane, entries, bar, rank);
+template <int capacity, int lowest_rank, int highest_rank>
+__device__ __forceinline__ Picked compact(const PairLane& lane, int entries, float threshold, int rank) {
+  const Picked picked = pick<capacity, lowest_rank, highest_rank, false>(lane, entries, threshold, rank);
   const int other = __shfl_xor_sync(kAllLanes, picked.count, 1);
   const int even = lane.odd ? other : picked.count, count = picked.count + other;
-  float score[room / 2];
-  int block[room / 2];
+  float score[capacity / 2];
+  int block[capacity / 2];
 #pragma unroll
-  for (int e = 0; e < room / 2; ++e) {
+  for (int e = 0; e < capacity / 2; ++e) {
     const int p = 2 * e + lane.odd;
     const bool from_odd = p >= even;
     if (p < count) PairLane{lane.entry0, from_odd}.load(from_odd ? p - even : p, score[e], block[e]);
   }
   __syncwarp();
 #pragma unroll
-  for (int e = 0; e < room / 2; ++e) {
+  for (int e = 0; e < capacity / 2; ++e) {
     if (2 * e + lane.odd < count) {
       ptx::store_shared(lane.entry(e), __float_as_uint(score[e]), __float_as_uint(-INFINITY));
       ptx::store_shared(lane.entry(e) + 8, static_cast<std::uint32_t>(block[e]));

@@ -35,7 +35,7 @@ constexpr int kScoreStride = 36;
 constexpr int kScoreBytes = kGroupBlocks * kScoreStride * 4;
 constexpr int kSharedLimit = 99 * 1024;
 
-struct Problem {
+struct Arguments {
   Shape shape;
   Slab slab;
   Batch batch;
@@ -78,12 +78,12 @@ __device__ __forceinline__ float score_of(std::uint64_t key) {
 // The best blocks of a row, its lane's column of [wanted][32] keys: a heap, the worst at the root.
 class List {
  public:
-  __device__ List(std::uint64_t* keys, int wanted) : keys_(keys), wanted_(wanted), bar_(score_of(0)) {
+  __device__ List(std::uint64_t* keys, int wanted) : keys_(keys), wanted_(wanted), threshold_(score_of(0)) {
     for (int i = 0; i < wanted_; ++i) at(i) = 0;
   }
 
   // Scores that are at most this never enter; NaN: all others are worth a look.
-  __device__ float bar() const { return bar_; }
+  __device__ float threshold() const { return threshold_; }
 
   __device__ void offer(std::uint64_t key) {
     if (key <= root_) return;
@@ -103,7 +103,7 @@ class List {
     }
     at(i) = key;
     root_ = at(0);
-    bar_ = score_of(root_);
+    threshold_ = score_of(root_);
   }
 
   // Puts the blocks in ascending order into the upper words of the keys; returns how many there are.
@@ -144,7 +144,7 @@ class List {
   std::uint64_t* keys_;
   int wanted_;
   std::uint64_t root_ = 0;
-  float bar_;
+  float threshold_;
 };
 
 // What a lane knows of its row.
@@ -154,7 +154,7 @@ struct Row {
   std::int64_t count = 0;
 };
 
-__device__ Row find_row(const Problem& p, std::int64_t slab_row) {
+__device__ Row find_row(const Arguments& p, std::int64_t slab_row) {
   Row row;
   if (slab_row >= std::int64_t{p.slab.tokens} * p.shape.group) return row;
   const auto token = static_cast<int>(slab_row / p.shape.group);
@@ -168,7 +168,7 @@ __device__ Row find_row(const Problem& p, std::int64_t slab_row) {
 
 // Rows first_row ... of the slab to shared memory; those behind its last are zero.
 template <class T>
-__device__ void copy_queries(const Problem& p, std::uint32_t to, std::int64_t first_row) {
+__device__ void copy_queries(const Arguments& p, std::uint32_t to, std::int64_t first_row) {
   const int threads = static_cast<int>(blockDim.x);
   const int chunk = static_cast<int>(threadIdx.x) % 8;
   const T* data = static_cast<const T*>(p.q.data);
@@ -188,7 +188,7 @@ __device__ void copy_queries(const Problem& p, std::uint32_t to, std::int64_t fi
 
 // Columns [64 piece, 64 piece + 64) of the centroids of a tile that are below `end`.
 template <class T>
-__device__ __forceinline__ void copy_piece(const Problem& p, std::uint32_t to, int tile, int end, int piece) {
+__device__ __forceinline__ void copy_piece(const Arguments& p, std::uint32_t to, int tile, int end, int piece) {
   const int chunk = static_cast<int>(threadIdx.x) % 8;
   const int column = piece * kPieceColumns + chunk * 8;
   if (column >= p.shape.head_dim) return;
@@ -252,10 +252,10 @@ __device__ __forceinline__ void offer_scores(List& list, const Scores& scores, f
       }
     }
     __syncwarp();
-    const float bar = list.bar();
+    const float threshold = list.threshold();
     std::uint32_t hits = 0;
 #pragma unroll
-    for (int i = 0; i < kGroupBlocks; ++i) hits |= shared[i * kScoreStride + lane] <= bar ? 0u : 1u << i;
+    for (int i = 0; i < kGroupBlocks; ++i) hits |= shared[i * kScoreStride + lane] <= threshold ? 0u : 1u << i;
     for (hits &= allowed; hits != 0;) {
       const int i = 31 - __clz(static_cast<int>(hits));
       hits ^= 1u << i;
@@ -266,7 +266,7 @@ __device__ __forceinline__ void offer_scores(List& list, const Scores& scores, f
 
 // Writes the ids of a warp's rows, the lanes side by side along the ids. `keys` are the warp's sorted lists, `count`
 // says how many blocks of this lane's list there are.
-__device__ void write_ids(const Problem& p, const std::uint64_t* keys, const Row& row, int count) {
+__device__ void write_ids(const Arguments& p, const std::uint64_t* keys, const Row& row, int count) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int own = row.candidates.has_own ? row.candidates.high - row.candidates.block_begin : -1;
   if (row.ids >= 0 && p.counts.data != nullptr) p.counts.data[row.count] = count + (row.candidates.has_own ? 1 : 0);
@@ -286,7 +286,7 @@ __device__ void write_ids(const Problem& p, const std::uint64_t* keys, const Row
 }
 
 template <class T>
-__global__ void __launch_bounds__(128, 3) gate_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(128, 3) gate_kernel(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   const int warps = static_cast<int>(blockDim.x) / 32;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -365,15 +365,15 @@ __global__ void __launch_bounds__(128, 3) gate_kernel(const __grid_constant__ Pr
 void gate_portable(const Shape& shape, Slab slab, Batch batch, View<const void> q, View<const void> centroids,
                    IdsView<std::int32_t> ids, CountsView counts, cudaStream_t stream) {
   if (slab.tokens == 0 || slab.heads == 0) return;
-  const Problem problem{shape,     slab, batch,  q,
-                        centroids, ids,  counts, std::max(0, shape.slots - (shape.causal ? 1 : 0))};
-  const int most = Layout(shape.head_dim, problem.wanted, 4).bytes;
+  const Arguments arguments{shape,     slab, batch,  q,
+                            centroids, ids,  counts, std::max(0, shape.slots - (shape.causal ? 1 : 0))};
+  const int most = Layout(shape.head_dim, arguments.wanted, 4).bytes;
   const int warps = most <= kSharedLimit ? 4 : 2;
   const std::int64_t rows = std::int64_t{slab.tokens} * shape.group;
   const int cta_rows = kWarpRows * warps;
   const dim3 grid(static_cast<unsigned>((rows + cta_rows - 1) / cta_rows), static_cast<unsigned>(slab.heads));
   launch(shape.dtype == DType::bf16 ? gate_kernel<__nv_bfloat16> : gate_kernel<__half>, grid, cta_rows,
-         static_cast<std::size_t>(Layout(shape.head_dim, problem.wanted, warps).bytes), stream, problem);
+         static_cast<std::size_t>(Layout(shape.head_dim, arguments.wanted, warps).bytes), stream, arguments);
 }
 
 }  // namespace moba::cuda

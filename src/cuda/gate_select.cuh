@@ -18,7 +18,7 @@ namespace moba::cuda::gating {
 template <class C>
 struct Rows {
   float maxima[2][C::kGroups];
-  float bar[2];        // scores are appended if greater
+  float threshold[2];  // scores are appended if greater
   int entries[2];      // in the list
   std::uint32_t list;  // entry 0 of the first; the second's is kSecond bytes behind
   static constexpr int kSecond = 8 * 16;
@@ -38,8 +38,8 @@ __device__ __forceinline__ float below_truncated(std::uint32_t bits) {
   return __uint_as_float(value > 0 ? bits - 1 : (bits | 0x80000000u) + 0x10000u);
 }
 
-// Raises the bars: sorts the lane's group maxima of both rows, merges them with those of lane ^ 1, and takes the one of
-// the rank wanted in the union with lane ^ 2.
+// Raises the thresholds: sorts the lane's group maxima of both rows, merges them with those of lane ^ 1, and takes the
+// one of the rank wanted in the union with lane ^ 2.
 template <class C>
 __device__ __forceinline__ void raise_bars(Rows<C>& rows, int rank) {
   constexpr int n = C::kGroups;
@@ -59,8 +59,8 @@ __device__ __forceinline__ void raise_bars(Rows<C>& rows, int rank) {
   sort_bitonic<LargestFirstPairs>(both);
   const __nv_bfloat162 bound = ranked_of_two_lanes<LargestFirstPairs, C::kLowestRank, C::kHighestRank>(both, 2, rank);
   const std::uint32_t bits = *reinterpret_cast<const std::uint32_t*>(&bound);
-  rows.bar[0] = fmaxf(rows.bar[0], below_truncated(bits << 16));  // fmaxf drops NaN
-  rows.bar[1] = fmaxf(rows.bar[1], below_truncated(bits & 0xffff0000u));
+  rows.threshold[0] = fmaxf(rows.threshold[0], below_truncated(bits << 16));  // fmaxf drops NaN
+  rows.threshold[1] = fmaxf(rows.threshold[1], below_truncated(bits & 0xffff0000u));
 }
 
 // Sets to -inf the scores of columns that are no candidates of their row. first: block of column 0 of the tile.
@@ -110,8 +110,8 @@ __device__ __forceinline__ void append_slowly(float (&scores)[64 - 4 * begin], R
     while (true) {
       std::uint32_t count = 0;
       for (int j = 0; j < 16; j += 4) {
-        if (fmaxf(x[j], x[j + 1]) > rows.bar[0]) count += 1;
-        if (fmaxf(x[j + 2], x[j + 3]) > rows.bar[1]) count += 0x10000;
+        if (fmaxf(x[j], x[j + 1]) > rows.threshold[0]) count += 1;
+        if (fmaxf(x[j + 2], x[j + 3]) > rows.threshold[1]) count += 0x10000;
       }
       total = quad_prefix_sum(count, below);
       const bool full =
@@ -121,15 +121,16 @@ __device__ __forceinline__ void append_slowly(float (&scores)[64 - 4 * begin], R
       const int row = lane >> 1, quad = (row & 7) * 4;
       const int entries0 = __shfl_sync(kAllLanes, rows.entries[0], quad),
                 entries1 = __shfl_sync(kAllLanes, rows.entries[1], quad);
-      const float bar0 = __shfl_sync(kAllLanes, rows.bar[0], quad), bar1 = __shfl_sync(kAllLanes, rows.bar[1], quad);
-      const Picked picked = compact<C::kRoom, C::kLowestRank, C::kHighestRank>(
-          pair, row < 8 ? entries0 : entries1, fmaxf(row < 8 ? bar0 : bar1, -FLT_MAX), rank);
+      const float threshold0 = __shfl_sync(kAllLanes, rows.threshold[0], quad),
+                  threshold1 = __shfl_sync(kAllLanes, rows.threshold[1], quad);
+      const Picked picked = compact<C::kCapacity, C::kLowestRank, C::kHighestRank>(
+          pair, row < 8 ? entries0 : entries1, fmaxf(row < 8 ? threshold0 : threshold1, -FLT_MAX), rank);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int picker = 2 * (lane >> 2) + 16 * r;
         const float least = __shfl_sync(kAllLanes, picked.least, picker);
         rows.entries[r] = __shfl_sync(kAllLanes, picked.count, picker);
-        if (rows.entries[r] == rank) rows.bar[r] = fmaxf(rows.bar[r], least);
+        if (rows.entries[r] == rank) rows.threshold[r] = fmaxf(rows.threshold[r], least);
       }
     }
     std::uint32_t to0 = rows.list + (rows.entries[0] + (below & 0xffff)) * kEntryStride;
@@ -137,8 +138,8 @@ __device__ __forceinline__ void append_slowly(float (&scores)[64 - 4 * begin], R
     for (int j = 0; j < 4; ++j) {
       const float a = x[4 * j], b = x[4 * j + 1], c = x[4 * j + 2], d = x[4 * j + 3];
       const int block = first_block + 8 * (begin + 4 * part + j);
-      ptx::append_if_greater<kEntryStride>(to0, fmaxf(a, b), rows.bar[0], a, b, block);
-      ptx::append_if_greater<kEntryStride>(to1, fmaxf(c, d), rows.bar[1], c, d, block);
+      ptx::append_if_greater<kEntryStride>(to0, fmaxf(a, b), rows.threshold[0], a, b, block);
+      ptx::append_if_greater<kEntryStride>(to1, fmaxf(c, d), rows.threshold[1], c, d, block);
     }
     rows.entries[0] += total & 0xffff;
     rows.entries[1] += total >> 16;
@@ -165,9 +166,9 @@ __device__ __forceinline__ void select(float (&scores)[64 - 4 * begin], Rows<C>&
   }
   raise_bars(rows, rank);
 
-  // Counted by the sign bits of bar - score, which agree with score > bar (NaN has no sign here): a subtraction and a
-  // shift. Compared as the append does it, the compiler would keep 32 predicates in a register, two operations each. In
-  // two halves of a row: four independent chains.
+  // Counted by the sign bits of threshold - score, which agree with score > threshold (NaN has no sign here): a
+  // subtraction and a shift. Compared as the append does it, the compiler would keep 32 predicates in a register, two
+  // operations each. In two halves of a row: four independent chains.
   constexpr int kHalfRow = (16 - begin) / 2;
   std::uint32_t signs0[2] = {0, 0}, signs1[2] = {0, 0};
 #pragma unroll
@@ -175,8 +176,8 @@ __device__ __forceinline__ void select(float (&scores)[64 - 4 * begin], Rows<C>&
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = j + half * kHalfRow;
-      signs0[half] = __funnelshift_l(__float_as_uint(rows.bar[0] - best0[i]), signs0[half], 1);
-      signs1[half] = __funnelshift_l(__float_as_uint(rows.bar[1] - best1[i]), signs1[half], 1);
+      signs0[half] = __funnelshift_l(__float_as_uint(rows.threshold[0] - best0[i]), signs0[half], 1);
+      signs1[half] = __funnelshift_l(__float_as_uint(rows.threshold[1] - best1[i]), signs1[half], 1);
     }
   }
   const std::uint32_t early0 = __popc(signs0[0]), early1 = __popc(signs1[0]);
@@ -194,10 +195,10 @@ __device__ __forceinline__ void select(float (&scores)[64 - 4 * begin], Rows<C>&
   for (int j = begin; j < begin + kHalfRow; ++j) {
     const int late = j + kHalfRow;
     const float *x = scores + 4 * (j - begin), *y = scores + 4 * (late - begin);
-    ptx::append_if_greater<kEntryStride>(to0, best0[j], rows.bar[0], x[0], x[1], first_block + 8 * j);
-    ptx::append_if_greater<kEntryStride>(to1, best1[j], rows.bar[1], x[2], x[3], first_block + 8 * j);
-    ptx::append_if_greater<kEntryStride>(late_to0, best0[late], rows.bar[0], y[0], y[1], first_block + 8 * late);
-    ptx::append_if_greater<kEntryStride>(late_to1, best1[late], rows.bar[1], y[2], y[3], first_block + 8 * late);
+    ptx::append_if_greater<kEntryStride>(to0, best0[j], rows.threshold[0], x[0], x[1], first_block + 8 * j);
+    ptx::append_if_greater<kEntryStride>(to1, best1[j], rows.threshold[1], x[2], x[3], first_block + 8 * j);
+    ptx::append_if_greater<kEntryStride>(late_to0, best0[late], rows.threshold[0], y[0], y[1], first_block + 8 * late);
+    ptx::append_if_greater<kEntryStride>(late_to1, best1[late], rows.threshold[1], y[2], y[3], first_block + 8 * late);
   }
   rows.entries[0] += total & 0xffff;
   rows.entries[1] += total >> 16;

@@ -12,12 +12,13 @@
 //
 // The selection (gate_select.cuh) on a 64 x 128 accumulator, where a row is spread over the 4 lanes of a quad:
 //   1. Running maxima of 16 (32) disjoint groups of columns, kept by lane.
-//   2. The bar: the maximum of rank k among the groups is a lower bound of the k-th best score. By a network on
+//   2. The threshold: the maximum of rank k among the groups is a lower bound of the k-th best score. By a network on
 //      bfloat16 pairs, both rows of a lane at once; rounded down, the bound holds.
-//   3. Scores above the bar are appended to the row's list in shared memory, in pairs of columns: counted, prefix sum
+//   3. Scores above the threshold are appended to the row's list in shared memory, in pairs of columns: counted, prefix
+//   sum
 //      over the quad, stored. Because the maxima run, few pass. Computed for random scores: 8 pairs of the first tile
-//      for rank 7, 8 / t of tile t (17 for rank 15). Hence the exact rank: a bar of rank 16 where 15 would do overflows
-//      a list of 2 warps in 3 within eight tiles, not of 1 in 11.
+//      for rank 7, 8 / t of tile t (17 for rank 15). Hence the exact rank: a threshold of rank 16 where 15 would do
+//      overflows a list of 2 warps in 3 within eight tiles, not of 1 in 11.
 //   4. At the end of the row, or where a list would overflow: the exact pick (gate_list.cuh, gate_ids.cuh).
 // Newest first, so that an equal score found later loses. Bars are strict (append what is greater), which keeps NaN,
 // -inf and masked columns out of the lists without a test; a row whose list then holds too few is filled up by a slow
@@ -175,7 +176,7 @@ __device__ __forceinline__ void consume(const Arguments& a, const Shared<C>& sha
                         uniform(shared.load_limits(i, consumer, warp * 16).high)};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      rows.bar[r] = -INFINITY;
+      rows.threshold[r] = -INFINITY;
       rows.entries[r] = 0;
 #pragma unroll
       for (int g = 0; g < C::kGroups; ++g) rows.maxima[r][g] = -INFINITY;
@@ -249,9 +250,9 @@ struct Maps {
   CUtensorMap queries, centroids;
 };
 
-template <class T, int d, int room, int lowest_rank, int highest_rank>
+template <class T, int d, int capacity, int lowest_rank, int highest_rank>
 void launch_gate(const Maps& maps, Arguments a, cudaStream_t stream) {
-  using C = Config<d, room, lowest_rank, highest_rank>;
+  using C = Config<d, capacity, lowest_rank, highest_rank>;
   a.tiles = (a.rows - 1) / C::kRows + 1;
   a.items = a.tiles * a.slab.heads;
   launch(gate_kernel<T, C>, dim3(std::min(a.shape.sm_count, a.items)), C::kThreads, C::kSharedBytes, stream,

@@ -9,6 +9,7 @@
 // read: with short sequences or local choices a tile touches few of many blocks.
 #include <algorithm>
 
+#include "call.h"
 #include "cuda/contract.h"
 #include "cuda/divide.cuh"
 #include "cuda/index_place.cuh"
@@ -22,7 +23,7 @@ namespace moba::cuda {
 namespace {
 
 constexpr int kSegmentsAtOnce = 16;  // counted in 32 KB of shared memory
-constexpr int kMaxSegments = 4096;   // whose marks fit in shared memory: 2 M blocks
+static_assert(kMaxBlocks / kSegment <= 4096, "marks of all segments stand in shared memory");
 constexpr int kCountThreads = 512;
 
 // Grid: (tiles, heads). Shared memory: counts of kSegmentsAtOnce segments (or of all, if fewer), marks of all.
@@ -192,13 +193,10 @@ __global__ void __launch_bounds__(1024)
 
 Sizes sizes_of(const Shape& shape, const Slab& slab) {
   const int rows = slab.tokens * shape.group, tiles = std::max(1, divide_up(rows, kTile));
-  const int segments = divide_up(shape.max_blocks, kSegment);
-  if (segments > kMaxSegments)
-    throw Error("block_size: gives more than 2097152 blocks, the most that index on CUDA takes");
-  return {slab.token_begin, shape.group, shape.slots, rows, tiles, shape.max_blocks, segments, shape.batch};
+  return {
+      slab.token_begin, shape.group, shape.slots, rows, tiles, shape.max_blocks, divide_up(shape.max_blocks, kSegment),
+      shape.batch};
 }
-
-std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Where the parts of the scratch memory stand.
 struct ScratchLayout {

@@ -10,7 +10,9 @@
 
 namespace moba::cuda {
 
+// Takes the error back, so that the caller's next call does not find it.
 [[noreturn]] inline void fail(cudaError_t error, const char* what, const char* file, int line) {
+  cudaGetLastError();
   throw Error(std::string("CUDA: ") + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ") in " + what +
               ", " + file + ":" + std::to_string(line));
 }
@@ -30,25 +32,35 @@ struct Grid {
   Grid(dim3 grid, std::source_location where = std::source_location::current()) : size(grid), at(where) {}
 };
 
+// Lets a kernel have all the shared memory there is. Never less: the limit is the device's, and two threads may be
+// about to launch the kernel with different needs.
+template <class Kernel>
+void allow_shared_memory(Kernel kernel) {
+  int device = 0, most = 0;
+  cudaFuncAttributes attributes;
+  MOBA_CUDA(cudaGetDevice(&device));
+  MOBA_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  MOBA_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+  MOBA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 most - static_cast<int>(attributes.sharedSizeBytes)));
+}
+
 // Launches kernel<<<grid, threads, shared_bytes, stream>>>(arguments...). What fails is told by what the launch itself
 // returns: cudaGetLastError() would also give errors that the caller left behind.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, std::size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
   if (grid.size.x == 0 || grid.size.y == 0 || grid.size.z == 0) return;
-  const auto check = [&](cudaError_t error, const char* what) {
-    if (error != cudaSuccess) fail(error, what, grid.at.file_name(), static_cast<int>(grid.at.line()));
-  };
-  if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          "cudaFuncSetAttribute");
-  }
+  if (shared_bytes > 48 * 1024) allow_shared_memory(kernel);
   cudaLaunchConfig_t config{};
   config.gridDim = grid.size;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), grid.at.function_name());
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error != cudaSuccess) {
+    fail(error, "the launch of a kernel", grid.at.file_name(), static_cast<int>(grid.at.line()));
+  }
 }
 #endif
 

@@ -12,10 +12,12 @@ namespace moba::cuda {
 namespace {
 
 constexpr std::size_t kDefaultScratch = std::size_t{2} << 30;
-constexpr std::int64_t kTokenStep = 128;  // slabs of part of the tokens are cut at multiples of this
+constexpr std::size_t kSmallIndex = std::size_t{256}
+                                    << 20;  // every plan has so much for index(), which cannot take less
+constexpr std::int64_t kTokenStep = 128;    // slabs of part of the tokens are cut at multiples of this
 constexpr std::int64_t kMaxInt = std::numeric_limits<std::int32_t>::max();
 constexpr std::int64_t kMaxEntries = kMaxInt + 1 - (1 << 16);  // of a key head: kernels round their number up
-constexpr std::int64_t kMaxGrid = 65535;                       // a key head is a y of a grid
+constexpr std::int64_t kMaxGrid = 65535;                       // a head is a y of a grid
 const char* const kElse = " on cuda; the cpu backend takes others";
 
 void check_problem(const Plan::Impl& plan) {
@@ -29,13 +31,13 @@ void check_problem(const Plan::Impl& plan) {
   const std::int64_t block = p.config.block_size;
   if (block % 16 != 0 || block > 8192) refuse("config.block_size", block, allowed("multiples of 16 up to 8192"));
   if (plan.slots > 64) refuse("config.top_k", p.config.top_k, allowed("up to 64"));
-  if (p.kv_heads > kMaxGrid) refuse("kv_heads", p.kv_heads, allowed("up to " + std::to_string(kMaxGrid)));
+  if (p.q_heads > kMaxGrid) refuse("q_heads", p.q_heads, allowed("up to " + std::to_string(kMaxGrid)));
   if (*p.config.scale < 0) refuse("config.scale", *p.config.scale, allowed("0 or more"));
   if (checked_product("total_q * q_heads / kv_heads * top_k", {p.total_q, plan.group, plan.slots}) > kMaxEntries) {
     refuse("total_q", p.total_q, allowed("total_q * q_heads / kv_heads * top_k up to 2^31 - 2^16"));
   }
-  if (checked_product("blocks * kv_heads", {plan.max_blocks, p.kv_heads}) > kMaxInt) {
-    refuse("config.block_size", block, allowed("blocks * kv_heads up to 2^31 - 1"));
+  if (plan.max_blocks > kMaxBlocks || checked_product("blocks * kv_heads", {plan.max_blocks, p.kv_heads}) > kMaxInt) {
+    refuse("config.block_size", block, allowed("blocks up to 2^21, blocks * kv_heads up to 2^31 - 1"));
   }
 }
 
@@ -128,7 +130,8 @@ std::size_t dense_bytes(const Setup& setup) {
 // What no choice of slabs can do without.
 std::size_t least_bytes(const Setup& setup) {
   const std::int64_t tokens = std::clamp<std::int64_t>(setup.shape.total_q, 1, kTokenStep);
-  return std::max({slab_bytes(setup, 1, tokens), index_bytes(setup, 1), dense_bytes(setup)});
+  const std::size_t index = index_bytes(setup, 1);
+  return std::max({slab_bytes(setup, 1, tokens), dense_bytes(setup), index <= kSmallIndex ? index : 0});
 }
 
 // Slabs as large as `limit` allows, which is least_bytes or more, and of about equal size: whole heads if one fits,
@@ -210,12 +213,16 @@ void prepare(Plan::Impl& plan, const DeviceLimits& device) {
     refuse("options.workspace_limit", std::to_string(limit) + " bytes",
            "at least " + std::to_string(outside + least) + " bytes for this problem");
   }
-  choose_slabs(setup, limit > 0 ? limit - outside : std::max(kDefaultScratch, least));
-  const std::size_t slab = slab_bytes(setup, setup.slab_heads, setup.slab_tokens);
-  const std::size_t room = std::max(slab, least);
+  const std::size_t most = limit > 0 ? limit - outside : std::max(kDefaultScratch, least);
+  choose_slabs(setup, most);
+  std::size_t scratch = std::max(slab_bytes(setup, setup.slab_heads, setup.slab_tokens), least);
+  // What index() takes grows with tokens * blocks. Where that is too much it is refused, and the rest goes on.
+  const std::size_t index = index_bytes(setup, 1);
+  if (index <= most) scratch = std::max(scratch, index);
+  plan.index_workspace_limit = index <= most ? 0 : outside + index;
   setup.index_heads = static_cast<int>(
-      largest(setup.shape.kv_heads, [&](std::int64_t heads) { return index_bytes(setup, heads) <= room; }));
-  plan.scratch_bytes = aligned(room);
+      largest(setup.shape.kv_heads, [&](std::int64_t heads) { return index_bytes(setup, heads) <= scratch; }));
+  plan.scratch_bytes = aligned(scratch);
   plan.cuda = made;
 }
 

@@ -26,7 +26,7 @@ struct Setup {
   AttendKernel attend = AttendKernel::portable, dense = AttendKernel::portable;
   int rows_per_unit = 64, dense_rows_per_unit = 64;
   int slab_heads = 1, slab_tokens = 1;  // largest slab of forward and attend
-  int index_heads = 1;                  // key heads at a time of the public index(), all tokens
+  int index_heads = 1;                  // key heads at a time of the public index(), all tokens; 0: refused
   int rope_pairs = 0;                   // whose cosines and sines are computed, not looked up in the caller's table
 };
 

@@ -1,5 +1,6 @@
 // The steps of the cuda backend: the calls of the public functions, cut into slabs and handed to the kernels.
 #include <algorithm>
+#include <functional>
 
 #include "call.h"
 #include "cuda/backend.h"
@@ -61,22 +62,16 @@ void for_each_slab(const Setup& setup, F f) {
   }
 }
 
-// Ids and counts of the caller's selection, as seen from a slab.
-template <class Int>
-IdsView<Int> ids_view(const Shape& shape, const Selection& selection, Slab slab) {
-  const bool shared = selection.ids.shape[1] == shape.kv_heads && shape.group > 1;
-  const std::int64_t token = selection.ids.stride[0], head = selection.ids.stride[1];
+// ids or counts of the caller's selection, as seen from a slab.
+IdsView<std::int32_t> slab_view(const Shape& shape, const Tensor& tensor, Slab slab) {
+  const bool shared = tensor.shape[1] == shape.kv_heads && shape.group > 1;
+  const std::int64_t token = tensor.stride[0], head = tensor.stride[1];
   const std::int64_t head_stride = shared ? head : head * shape.group;
-  return {static_cast<Int*>(selection.ids.data) + slab.token_begin * token + slab.head_begin * head_stride, head_stride,
-          token, shared ? 0 : head};
-}
-
-CountsView counts_view(const Shape& shape, const Selection& selection, Slab slab) {
-  const bool shared = selection.counts.shape[1] == shape.kv_heads && shape.group > 1;
-  const std::int64_t token = selection.counts.stride[0], head = selection.counts.stride[1];
-  const std::int64_t head_stride = shared ? head : head * shape.group;
-  return {static_cast<std::int32_t*>(selection.counts.data) + slab.token_begin * token + slab.head_begin * head_stride,
+  return {static_cast<std::int32_t*>(tensor.data) + slab.token_begin * token + slab.head_begin * head_stride,
           head_stride, token, shared ? 0 : head};
+}
+IdsView<const std::int32_t> read_only(const IdsView<std::int32_t>& v) {
+  return {v.data, v.head_stride, v.token_stride, v.group_stride};
 }
 
 void launch_gate(const DeviceCall& c, Slab slab, const View<const void>& q, const View<const void>& centroids,
@@ -97,15 +92,21 @@ void launch_attend(const DeviceCall& c, AttendKernel kernel, const AttendInput& 
   }
 }
 
-// From the ids of a slab to its rows of out and lse.
+// From the ids of a slab to its rows of out and lse. `done` is called behind each stage, with its name.
+template <class Done>
 void attend_slab(const DeviceCall& c, Slab slab, const IdsView<const std::int32_t>& ids, const SlabMemory& memory,
-                 const Outputs& outputs) {
+                 const Outputs& outputs, const Done& done) {
   index(c.shape, slab, c.batch, ids, {}, memory.index, nullptr, memory.index_scratch, c.stream);
+  done("index");
   list_units(c.shape, slab, c.batch, memory.index, c.setup.rows_per_unit, memory.units, c.stream);
+  done("units");
   launch_attend(c, c.setup.attend, {view(c.call.q), view(c.call.k), view(c.call.v), memory.index.rows}, memory.units,
                 {memory.partials, {}, {}});
+  done("attend");
   merge(c.shape, slab, memory.index, memory.partials, view(outputs.out), lse_view(outputs), c.stream);
+  done("merge");
 }
+constexpr auto kUnobserved = [](const char*) {};
 
 RopeParameters rope_parameters(const Plan::Impl& plan) {
   const Rope& rope = *plan.problem.rope;
@@ -146,8 +147,8 @@ void pool(const Call& call, const Tensor& centroids) {
 void gate(const Call& call, const ConstTensor& centroids, const Selection& selection) {
   const DeviceCall c(call);
   const Slab slab = whole(c.shape);
-  launch_gate(c, slab, view(call.q), view(centroids), ids_view<std::int32_t>(c.shape, selection, slab),
-              counts_view(c.shape, selection, slab));
+  launch_gate(c, slab, view(call.q), view(centroids), slab_view(c.shape, selection.ids, slab),
+              slab_view(c.shape, selection.counts, slab));
   // The transpose is no longer that of the ids.
   if (selection.offsets.given())
     MOBA_CUDA(cudaMemsetAsync(selection.offsets.data, 0xff, sizeof(std::int64_t), c.stream));
@@ -162,7 +163,7 @@ void index(const Call& call, const Selection& selection) {
   for (int head = 0; head < s.kv_heads; head += c.setup.index_heads) {
     const Slab slab{head, std::min(c.setup.index_heads, s.kv_heads - head), 0, s.total_q};
     std::int64_t* const first = offsets + std::int64_t{head} * s.max_blocks;
-    index(s, slab, c.batch, ids_view<const std::int32_t>(s, selection, slab), counts_view(s, selection, slab),
+    index(s, slab, c.batch, read_only(slab_view(s, selection.ids, slab)), slab_view(s, selection.counts, slab),
           {first, rows, nullptr}, head == 0 ? nullptr : first, memory.scratch, c.stream);
   }
 }
@@ -171,7 +172,7 @@ void attend(const Call& call, const Selection& selection, const Outputs& outputs
   DeviceCall c(call);
   const SlabMemory memory(c.carver, c.setup, {0, c.setup.slab_heads, 0, c.setup.slab_tokens});
   for_each_slab(c.setup, [&](Slab slab) {
-    attend_slab(c, slab, ids_view<const std::int32_t>(c.shape, selection, slab), memory, outputs);
+    attend_slab(c, slab, read_only(slab_view(c.shape, selection.ids, slab)), memory, outputs, kUnobserved);
   });
 }
 
@@ -197,27 +198,41 @@ void merge(const Call& call, std::span<const Outputs> partials, const Outputs& o
                  static_cast<cudaStream_t>(call.stream.handle));
 }
 
-void forward(const Call& given, const Intermediates& memory, const Outputs& outputs) {
+template <class Done>
+void forward_observed(const Call& given, const Intermediates& memory, const Outputs& outputs, const Done& done) {
   DeviceCall c(given, true);
+  done("batch");
   const View<void> centroids = view(memory.centroids);
   if (given.plan.rope) {
     rotate(c, memory.q_rotated, memory.k_rotated, centroids);
     c.call.q = memory.q_rotated;
     c.call.k = memory.k_rotated;
+    done("rope");
   } else {
     pool(c.shape, c.batch, view(given.k), centroids, c.stream);
+    done("pool");
   }
   const SlabMemory slab_memory(c.carver, c.setup, {0, c.setup.slab_heads, 0, c.setup.slab_tokens});
   for_each_slab(c.setup, [&](Slab slab) {
     const std::int64_t row = c.shape.slots, token = row * c.shape.group;
     const IdsView<std::int32_t> ids{slab_memory.ids, token * slab.tokens, token, row};
     launch_gate(c, slab, view(c.call.q), read_only(centroids), ids, {});
-    attend_slab(c, slab, {ids.data, ids.head_stride, ids.token_stride, ids.group_stride}, slab_memory, outputs);
+    done("gate");
+    attend_slab(c, slab, read_only(ids), slab_memory, outputs, done);
   });
+}
+
+void forward(const Call& call, const Intermediates& memory, const Outputs& outputs) {
+  forward_observed(call, memory, outputs, kUnobserved);
 }
 
 }  // namespace
 
 const Steps kSteps = {rope, pool, gate, index, attend, dense, merge, forward, nullptr, nullptr};
+
+void forward_by_stages(const Call& call, const Intermediates& memory, const Outputs& outputs,
+                       const std::function<void(const char*)>& done) {
+  forward_observed(call, memory, outputs, done);
+}
 
 }  // namespace moba::cuda

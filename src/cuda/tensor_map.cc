@@ -36,6 +36,8 @@ CUtensorMap tensor_map_3d(DType dtype, const View<const void>& view, int head_di
   // A stride that is never taken may be anything in the view, but the encoder wants a multiple of 16 bytes.
   const std::int64_t head_stride = heads == 1 ? head_dim : view.head_stride;
   const std::int64_t token_stride = tokens == 1 ? head_dim : view.token_stride;
+  // In the order of the kernels' coordinates. For tensors with the heads outermost the first stride is greater than the
+  // second, which the encoder takes (drivers up to CUDA 13.0 were tried).
   const cuuint64_t sizes[3] = {u64(head_dim), u64(heads), u64(tokens)};
   const cuuint64_t strides[2] = {u64(head_stride) * kElementBytes, u64(token_stride) * kElementBytes};
   const cuuint32_t box[3] = {64, u32(box_heads), u32(box_tokens)};

@@ -107,6 +107,8 @@ TEST_F(CudaAttend, Small) { expect_all(reseeded(small_cases())); }
 
 TEST_F(CudaAttend, Grid) { expect_all(reseeded(grid_cases())); }
 
+TEST_F(CudaAttend, ManySequences) { expect_all({many_sequences()}); }
+
 TEST_F(CudaAttend, RandomProblems) {
   std::vector<Case> cases;
   for (int i = 0; i < random_cases(150); ++i)

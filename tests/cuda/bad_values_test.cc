@@ -40,6 +40,7 @@ TEST_F(CudaBadValues, SmallTablesThatLie) {
     for (const std::string& family : families(c.problem())) {
       CudaRunner run(c.problem(), cuda_options(family));
       Data data(c);
+      const auto good = run.forward(data.inputs()).bits();
       const Array centroids = run.pool(data.inputs());
       Chosen chosen = run.select(data.inputs());
       for (std::size_t i = 0; i < lies.size(); ++i) {
@@ -58,7 +59,21 @@ TEST_F(CudaBadValues, SmallTablesThatLie) {
         run.index(bad.inputs(), indexed);
         EXPECT_EQ(indexed.offsets.as<std::int64_t>(indexed.offsets.dim(0) - 1), 0);
       }
-      EXPECT_FALSE(all_nan(run.forward(data.inputs())));  // the next call is as good as any
+      EXPECT_TRUE(run.forward(data.inputs()).bits() == good);  // the next call is as good as any
+    }
+  }
+}
+
+// Where a kernel of its own looks through the table.
+TEST_F(CudaBadValues, LongTablesThatLie) {
+  const Case c = many_sequences();
+  for (const std::int64_t at : {0, 1, 1023, 1024, 2999, 3000}) {
+    for (const bool q : {true, false}) {
+      Data bad(c);
+      (q ? *bad.cu_seqlens_q : *bad.cu_seqlens_k).as<std::int32_t>(at) += at == 3000 ? 1 : -1000;
+      CudaRunner run(c.problem());
+      EXPECT_TRUE(all_nan(run.forward(bad.inputs()))) << "entry " << at;
+      EXPECT_TRUE(all_nan(run.dense(bad.inputs()))) << "entry " << at;
     }
   }
 }

@@ -1,6 +1,7 @@
 // Tensors of more than 2^31 elements. They repeat a pattern of some thousand tokens, so that the host knows every
 // element; rows at the edges of 2^31 and 2^32 bytes and elements are compared with float64.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -56,6 +57,18 @@ std::vector<T> download(const Tensor& t, std::int64_t first, std::int64_t count)
   MOBA_CUDA(cudaMemcpy(values.data(), static_cast<const T*>(t.data) + first, values.size() * sizeof(T),
                        cudaMemcpyDeviceToHost));
   return values;
+}
+
+// Elements of a bf16 tensor of the device that are infinite or NaN, as poison is.
+std::int64_t count_not_finite(const Tensor& t) {
+  const std::int64_t count = t.shape[0] * t.shape[1] * t.shape[2], part = std::int64_t{1} << 26;
+  std::atomic<std::int64_t> bad = 0;
+  in_parallel(static_cast<std::size_t>((count + part - 1) / part), [&](std::size_t i) {
+    const std::int64_t first = static_cast<std::int64_t>(i) * part;
+    const auto values = download<std::uint16_t>(t, first, std::min(part, count - first));
+    bad += std::ranges::count_if(values, [](std::uint16_t x) { return (x & 0x7f80) == 0x7f80; });
+  });
+  return bad;
 }
 
 struct Big {
@@ -249,6 +262,7 @@ void expect_big(const Big& b, bool with_dense) {
         forward(plan, inputs, outputs, workspace.bytes(), {test_stream()});
       }
       MOBA_CUDA(cudaStreamSynchronize(test_stream()));
+      EXPECT_EQ(count_not_finite(outputs.out), 0);
       for (std::size_t i = 0; i < (dense_one ? std::min<std::size_t>(8, rows.size()) : rows.size()); ++i) {
         expect_row(b, outputs, rows[i].first, rows[i].second, dense_one ? expected_dense[i] : expected[i]);
       }

@@ -170,6 +170,16 @@ std::vector<Case> grid_cases() {
   return numbered(all);
 }
 
+Case many_sequences() {
+  Case c{.name = "3000 sequences", .dtype = DType::bf16, .q_heads = 2, .head_dim = 64};
+  for (std::int64_t i = 0; i < 3000; ++i) {
+    c.q_lengths.push_back(i * 7 % 41);
+    c.k_lengths.push_back(i % 5 == 0 ? i * 7 % 41 : i * 11 % 41);
+  }
+  c.config = {.block_size = 16, .top_k = 2};
+  return c;
+}
+
 Case random_case(std::uint64_t seed) {
   Random random(seed);
   const auto one_of = [&](const auto& values) {

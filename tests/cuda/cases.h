@@ -15,6 +15,8 @@ inline constexpr std::int64_t kHeadDims[] = {32, 64, 96, 128, 192, 256};
 std::vector<Case> small_cases();
 // Every head dim, block size, group, k, kind of lengths and of strides, causal and not.
 std::vector<Case> grid_cases();
+// 3000 sequences of up to 40 tokens, some empty: more than a CTA looks through at once.
+Case many_sequences();
 // Anything of the above, at random.
 Case random_case(std::uint64_t seed);
 

@@ -293,5 +293,38 @@ TEST_F(CudaDeterminism, CallsMayRunSideBySide) {
   }
 }
 
+// Kernels whose shared memory depends on the plan, launched by two threads with different plans.
+TEST_F(CudaDeterminism, PlansOfDifferentSizesMayRunSideBySide) {
+  std::vector<Case> all;
+  for (const auto& [d, k, k_tokens] : {std::tuple{256, 40, 30000}, {128, 17, 9000}}) {
+    Case c{.dtype = DType::bf16, .head_dim = d, .q_lengths = {64}, .k_lengths = {k_tokens}};
+    c.config = {.block_size = 16, .top_k = k};
+    c.rope = Rope{};
+    all.push_back(c);
+  }
+  std::vector<std::unique_ptr<Resident>> residents;
+  std::vector<std::vector<Bits>> expected;
+  for (const Case& c : all) {
+    const Data data(c);
+    residents.push_back(std::make_unique<Resident>(c, data, "portable"));
+    residents.back()->upload(data, test_stream());
+    residents.back()->run(false, test_stream());
+    expected.push_back(residents.back()->results(test_stream()));
+  }
+  std::vector<std::thread> callers;
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    callers.emplace_back([&, i] {
+      cudaStream_t stream;
+      MOBA_CUDA(cudaSetDevice(device().index));
+      MOBA_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+      for (int repeat = 0; repeat < 200; ++repeat) residents[i]->run(false, stream);
+      MOBA_CUDA(cudaStreamSynchronize(stream));
+      MOBA_CUDA(cudaStreamDestroy(stream));
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  for (std::size_t i = 0; i < all.size(); ++i) EXPECT_TRUE(residents[i]->results(test_stream()) == expected[i]);
+}
+
 }  // namespace
 }  // namespace moba::test

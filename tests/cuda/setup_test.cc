@@ -116,6 +116,40 @@ TEST(CudaSetup, WorkspacesStayWithinTheirLimit) {
   }
 }
 
+// What index() takes grows with tokens * blocks; a plan that is short of it serves all else.
+TEST(CudaSetup, HugeIndexesAreLeftOut) {
+  const std::vector<Problem> problems{
+      problem_of(1 << 20, 64, 1, 128, {.block_size = 64, .top_k = 8}),
+      problem_of(10'000'000, 1, 1, 64, {.block_size = 16, .top_k = 8}),
+      problem_of(16 << 20, 1, 1, 64, {.block_size = 128, .top_k = 8}),
+  };
+  for (const Problem& problem : problems) {
+    const Plan::Impl plan = planned(problem, kH200);
+    EXPECT_LE(workspace_of(plan), (2048 + 1) * kMiB + plan.centroids_bytes);
+    ASSERT_GT(plan.index_workspace_limit, 2048 * kMiB);
+    EXPECT_EQ(plan.cuda->index_heads, 0);
+    EXPECT_LE(workspace_of(planned(problem, kH200, "", 1024 * kMiB + plan.centroids_bytes)),
+              1024 * kMiB + plan.centroids_bytes);
+    const Plan::Impl large = planned(problem, kH200, "", plan.index_workspace_limit);
+    EXPECT_EQ(large.index_workspace_limit, 0u);
+    EXPECT_GE(large.cuda->index_heads, 1);
+    EXPECT_LE(workspace_of(large), plan.index_workspace_limit);
+  }
+}
+
+TEST(CudaSetup, KnowsWhatItWasBuiltFor) {
+  const std::string all = "80-real 90-real 100 120";
+  for (const auto& [major, minor] : {std::pair{8, 0}, {8, 6}, {8, 9}, {9, 0}, {10, 0}, {10, 3}, {11, 0}, {12, 1}}) {
+    EXPECT_TRUE(cuda::is_built_for(major, minor, all)) << major << "." << minor;
+  }
+  EXPECT_FALSE(cuda::is_built_for(9, 0, "80-real"));
+  EXPECT_FALSE(cuda::is_built_for(8, 0, "86-real 90-real"));
+  EXPECT_TRUE(cuda::is_built_for(8, 9, "86-real"));
+  EXPECT_FALSE(cuda::is_built_for(8, 0, "90-virtual"));
+  EXPECT_TRUE(cuda::is_built_for(10, 0, "90-virtual"));
+  EXPECT_TRUE(cuda::is_built_for(8, 6, "native"));
+}
+
 // Rope's rotated copies are beyond the default limit, not within it.
 TEST(CudaSetup, RopeNeedsNoLimit) {
   Problem p = problem_of(1 << 20, 64, 8, 128, {.block_size = 128, .top_k = 8});

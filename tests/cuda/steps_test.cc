@@ -233,6 +233,12 @@ TEST_F(CudaIndex, IsTheTranspose) {
     all.push_back({.q_lengths = {}, .k_lengths = {}, .config = {.block_size = b, .top_k = 2}});
   }
   all.push_back({.q_heads = 2, .q_lengths = {1500}, .k_lengths = {40000}, .config = {.block_size = 16, .top_k = 64}});
+  // More blocks than a window of place_rows, and than count_ids counts at once.
+  for (const std::int64_t k : {4, 16}) {
+    all.push_back(
+        {.q_heads = 2, .q_lengths = {3000}, .k_lengths = {200'000}, .config = {.block_size = 16, .top_k = k}});
+  }
+  all.push_back(many_sequences());
   for (std::size_t i = 0; i < all.size(); ++i) {
     all[i].name = "index";
     all[i].dtype = DType::bf16;

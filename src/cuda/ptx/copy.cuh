@@ -34,9 +34,5 @@ __device__ __forceinline__ void copy_tensor_3d(std::uint32_t to, const CUtensorM
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
-// sm_90a: global memory to L2; address and bytes are multiples of 16.
-__device__ __forceinline__ void prefetch_l2(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
 
 }  // namespace moba::cuda::ptx
