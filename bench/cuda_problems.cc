@@ -117,6 +117,8 @@ std::vector<CudaProblem> cuda_problems() {
   all.back().stages = false;
   all.push_back(packed("packed_even", even_starts(64, kK)));
   all.push_back(packed("packed_mixed", halving_starts(64 * kK)));
+  all.push_back(like_64k("64k_4gib"));
+  all.back().options.workspace_limit = std::size_t{4} << 30;  // one pass
   all.push_back(like_64k("64k_portable"));
   all.back().options.cuda_kernels = "portable";
   all.push_back(long_sequence("256k", 256 * kK));

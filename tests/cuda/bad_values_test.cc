@@ -14,9 +14,15 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr std::int32_t kMost = std::numeric_limits<std::int32_t>::max();
 
-bool all_nan(const Attention& a) {
-  const auto nan = [](double x) { return std::isnan(x); };
-  return std::ranges::all_of(a.out.numbers(), nan) && std::ranges::all_of(a.lse.numbers(), nan);
+::testing::AssertionResult all_nan(const Attention& a) {
+  for (const Array* array : {&a.out, &a.lse}) {
+    const auto numbers = array->numbers();
+    const auto found = std::ranges::find_if_not(numbers, [](double x) { return std::isnan(x); });
+    if (found == numbers.end()) continue;
+    return ::testing::AssertionFailure() << (array == &a.out ? "out" : "lse") << ", number " << found - numbers.begin()
+                                         << " of " << numbers.size() << ": " << *found;
+  }
+  return ::testing::AssertionSuccess();
 }
 
 class CudaBadValues : public CudaTest {};

@@ -169,14 +169,14 @@ std::string message_of(const Problem& problem, const DeviceLimits& device = kH20
   return "accepted";
 }
 
-// The public index() holds the counts of all tokens of a key head, dense() its units: no slab is that small.
+// Some tokens of a key head, the units of dense() and, where that is not much, the counts of index().
 TEST(CudaSetup, SmallLimitsAreKeptOrRefused) {
   for (const std::int64_t kv_heads : {1, 2, 16}) {
     const Problem problem = problem_of(1 << 20, 16, kv_heads, 128, {.block_size = 128, .top_k = 8});
-    const std::string message = message_of(problem, kH200, "", 32 * kMiB), mark = "at least ";
+    const std::string message = message_of(problem, kH200, "", kMiB), mark = "at least ";
     ASSERT_NE(message.find(mark), std::string::npos) << message;
     const std::size_t least = std::stoull(message.substr(message.find(mark) + mark.size()));
-    EXPECT_GT(least, 32 * kMiB);
+    EXPECT_GT(least, kMiB);
     for (const std::size_t limit : {least, least + 1, least + kMiB, 2 * least}) {
       EXPECT_LE(workspace_of(planned(problem, kH200, "", limit)), limit);
     }
@@ -197,7 +197,9 @@ TEST(CudaSetup, RefusesWhatTheKernelsDoNotServe) {
       {"config.block_size: is 1", "multiples of 16 up to 8192", [](Problem& p) { p.config.block_size = 1; }},
       {"config.block_size: is 8208", "multiples of 16 up to 8192", [](Problem& p) { p.config.block_size = 8208; }},
       {"config.top_k: is 65", "up to 64", [](Problem& p) { p.config.top_k = 65, p.config.block_size = 16; }},
-      {"kv_heads: is 70000", "up to 65535", [](Problem& p) { p.kv_heads = p.q_heads = 70000; }},
+      {"q_heads: is 70000", "up to 65535", [](Problem& p) { p.kv_heads = p.q_heads = 70000; }},
+      {"config.block_size: is 16", "blocks up to 2^21",
+       [](Problem& p) { p.config.block_size = 16, p.total_k = 1 << 26; }},
       {"config.scale: is -0.5", "0 or more", [](Problem& p) { p.config.scale = -0.5; }},
       {"total_q: is 300000000", "up to 2^31 - 2^16", [](Problem& p) { p.total_q = 300'000'000, p.q_heads = 2; }},
   };
