@@ -171,7 +171,8 @@ std::vector<Case> grid_cases() {
 }
 
 Case many_sequences() {
-  Case c{.name = "3000 sequences", .dtype = DType::bf16, .q_heads = 2, .head_dim = 64};
+  Case c{
+      .name = "3000 sequences", .dtype = DType::bf16, .q_heads = 2, .head_dim = 64, .q_lengths = {}, .k_lengths = {}};
   for (std::int64_t i = 0; i < 3000; ++i) {
     c.q_lengths.push_back(i * 7 % 41);
     c.k_lengths.push_back(i % 5 == 0 ? i * 7 % 41 : i * 11 % 41);
