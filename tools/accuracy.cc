@@ -1,83 +1,20 @@
 #include "accuracy.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
-#include <vector>
 
 #include "memory_use.h"
-#include "numeric.h"
 #include "stages.h"
+#include "views.h"
 
 namespace moba::cli {
 namespace {
-
-// The rows from `first` on of a tensor.
-template <class Tensor>
-Tensor rows_from(Tensor tensor, std::int64_t first) {
-  auto* bytes = static_cast<std::conditional_t<std::is_same_v<Tensor, ConstTensor>, const char*, char*>>(tensor.data);
-  tensor.data = bytes + first * tensor.stride[0] * static_cast<std::int64_t>(size_in_bytes(tensor.dtype));
-  tensor.shape[0] -= first;
-  return tensor;
-}
-
-// A copy in float32, which holds every value of the narrower types: the reference then reads the very same numbers and
-// does not round its result to 16 bits.
-ConstTensor widen(const ConstTensor& tensor, Buffer& memory) {
-  const std::int64_t count = tensor.shape[0] * tensor.shape[1] * tensor.shape[2];
-  memory = Buffer(static_cast<std::size_t>(count) * sizeof(float));
-  for (std::int64_t i = 0; i < count; ++i) memory.as<float>()[i] = load_float(tensor.data, tensor.dtype, i);
-  return {memory.data(), DType::f32, {tensor.shape[0], tensor.shape[1], tensor.shape[2]}};
-}
-
-double row_error(const ConstTensor& out, const float* reference, std::int64_t row, std::int64_t d) {
-  double difference = 0, size = 0;
-  for (std::int64_t i = row * d; i < (row + 1) * d; ++i) {
-    const double expected = static_cast<double>(reference[i]);
-    const double gap = static_cast<double>(load_float(out.data, out.dtype, i)) - expected;
-    difference += gap * gap;
-    size += expected * expected;
-  }
-  if (difference == 0) return 0;
-  return std::sqrt(difference / size);  // infinite where the reference is 0 and out is not
-}
-
-RowErrors row_errors(const ConstTensor& out, const ConstTensor& reference) {
-  const std::int64_t rows = out.shape[0] * out.shape[1], d = out.shape[2];
-  RowErrors result;
-  std::vector<double> errors;
-  for (std::int64_t row = 0; row < rows; ++row) {
-    const double error = row_error(out, static_cast<const float*>(reference.data), row, d);
-    if (std::isnan(error)) {
-      ++result.not_finite;
-    } else {
-      errors.push_back(error);
-    }
-  }
-  if (errors.empty()) return result;
-  const auto middle = errors.begin() + static_cast<std::ptrdiff_t>(errors.size() / 2);
-  std::nth_element(errors.begin(), middle, errors.end());
-  result.median = *middle;
-  result.max = *std::max_element(errors.begin(), errors.end());
-  return result;
-}
-
-std::int64_t equal_rows(const ConstTensor& ids, const ConstTensor& others) {
-  const std::int64_t rows = ids.shape[0] * ids.shape[1], slots = ids.shape[2];
-  const auto* a = static_cast<const std::int32_t*>(ids.data);
-  const auto* b = static_cast<const std::int32_t*>(others.data);
-  std::int64_t equal = 0;
-  for (std::int64_t row = 0; row < rows; ++row)
-    equal += std::equal(a + row * slots, a + (row + 1) * slots, b + row * slots);
-  return equal;
-}
 
 // The last query tokens of a batch, as a batch of as many sequences: queries are aligned to the end of their sequence,
 // so what is left of a sequence keeps its positions.
 struct LastTokens {
   LastTokens(const AttentionFile& file, std::int64_t first) : inputs(file.inputs) {
-    inputs.q = rows_from(inputs.q, first);
+    inputs.q = rows_of(inputs.q, first, inputs.q.shape[0] - first);
     starts = Buffer(file.starts_q.size() * sizeof(std::int32_t));
     for (std::size_t i = 0; i < file.starts_q.size(); ++i) {
       starts.as<std::int32_t>()[i] = static_cast<std::int32_t>(std::max<std::int64_t>(0, file.starts_q[i] - first));
@@ -93,26 +30,30 @@ struct LastTokens {
 // as they are, for the attention.
 struct ReferencePlans {
   ReferencePlans(const Plan& plan, std::int64_t tokens)
-      : own(last_tokens(plan.problem(), tokens), kReference), exact(as_they_are(own.problem()), kReference) {}
+      : own(last_tokens(plan.problem(), tokens), reference_options()),
+        exact(exact_problem(own.problem()), reference_options()) {}
 
   const Plan own, exact;
 
  private:
-  inline static const Options kReference{.backend = Backend::reference, .cpu_target = "", .cuda_kernels = ""};
-
   static Problem last_tokens(Problem problem, std::int64_t tokens) {
     problem.total_q = std::min(tokens, problem.total_q);
     problem.max_seqlen_q = std::min(problem.max_seqlen_q, problem.total_q);
     return problem;
   }
-  static Problem as_they_are(Problem problem) {
-    problem.dtype = DType::f32;
-    problem.rope.reset();
-    return problem;
-  }
 };
 
 }  // namespace
+
+std::int64_t equal_rows(const ConstTensor& ids, const ConstTensor& others) {
+  const std::int64_t rows = ids.shape[0] * ids.shape[1], slots = ids.shape[2];
+  const auto* a = static_cast<const std::int32_t*>(ids.data);
+  const auto* b = static_cast<const std::int32_t*>(others.data);
+  std::int64_t equal = 0;
+  for (std::int64_t row = 0; row < rows; ++row)
+    equal += std::equal(a + row * slots, a + (row + 1) * slots, b + row * slots);
+  return equal;
+}
 
 double accuracy_bytes(const Plan& plan, std::int64_t tokens) {
   const ReferencePlans plans(plan, tokens);
@@ -134,7 +75,7 @@ Accuracy check_accuracy(const Plan& plan, const AttentionFile& file, const Const
   result.tokens = own.problem().total_q;
   result.rows = result.tokens * own.problem().q_heads;
   const std::int64_t first = plan.problem().total_q - result.tokens;
-  const ConstTensor chosen = rows_from(ids, first);
+  const ConstTensor chosen = rows_of(ids, first, result.tokens);
 
   // The reference's own way from q and k to the chosen blocks.
   const LastTokens last(file, first);
@@ -155,10 +96,10 @@ Accuracy check_accuracy(const Plan& plan, const AttentionFile& file, const Const
   progress.stage("float64 MoBA");
   moba::index(exact, wide, same, workspace.span());
   moba::attend(exact, wide, same, expected.outputs, workspace.span());
-  result.moba = row_errors(rows_from(moba_out, first), expected.outputs.out);
+  result.moba = row_errors(rows_of(moba_out, first, result.tokens), expected.outputs.out);
   progress.stage("float64 dense");
   moba::dense(exact, wide, expected.outputs, workspace.span());
-  result.dense = row_errors(rows_from(dense_out, first), expected.outputs.out);
+  result.dense = row_errors(rows_of(dense_out, first, result.tokens), expected.outputs.out);
   return result;
 }
 

@@ -4,17 +4,12 @@
 #include <cstdint>
 
 #include "attention_file.h"
+#include "float64.h"
 #include "moba/attention.h"
 #include "moba/plan.h"
 #include "progress.h"
 
 namespace moba::cli {
-
-// |out - reference| / |reference| (Euclidean) of every row: query token and head.
-struct RowErrors {
-  double max = 0, median = 0;
-  std::int64_t not_finite = 0;  // rows where one of the two is NaN or infinite; not in max and median
-};
 
 struct Accuracy {
   std::int64_t tokens = 0;          // query tokens held against the reference
@@ -22,6 +17,9 @@ struct Accuracy {
   std::int64_t same_selection = 0;  // rows for which the reference chose the same blocks
   RowErrors moba, dense;
 };
+
+// Rows, of the last of three dimensions, in which both hold the same ids. Contiguous.
+std::int64_t equal_rows(const ConstTensor& ids, const ConstTensor& others);
 
 // Bytes that check_accuracy takes beside what it is given.
 double accuracy_bytes(const Plan& plan, std::int64_t tokens);

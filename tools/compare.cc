@@ -17,16 +17,6 @@
 namespace moba::cli {
 namespace {
 
-// The fastest of `repeat` passes, which is the one that other programs disturbed least.
-std::vector<StageTime> fastest_forward(StagedForward& forward, int repeat, Progress& progress) {
-  std::vector<StageTime> best = forward.run(progress);
-  for (int i = 1; i < repeat; ++i) {
-    std::vector<StageTime> times = forward.run(progress);
-    if (total_seconds(times) < total_seconds(best)) best = std::move(times);
-  }
-  return best;
-}
-
 template <class Function>
 double fastest(int repeat, Function&& function) {
   double best = function().seconds;
@@ -60,7 +50,7 @@ void compare_times(const CompareArguments& arguments, const AttentionFile& file,
   {
     Progress progress;
     const int passes = warm_ups(plan) + arguments.repeat;
-    moba = fastest_forward(forward, passes, progress);
+    moba = fastest_pass(passes, [&] { return forward.run(progress); });
     whole = whole_differs(plan) ? fastest(passes, [&] { return forward.run_whole(progress); }) : total_seconds(moba);
     dense = fastest(passes, [&] { return run_dense(plan, inputs, full.outputs, forward.workspace(), progress); });
   }
@@ -76,12 +66,6 @@ void compare_times(const CompareArguments& arguments, const AttentionFile& file,
               flop > 0 ? arithmetic.dense / flop : 1.0);
 }
 
-void print_errors(const char* name, const RowErrors& errors) {
-  std::printf("%-8s %12.2e %12.2e", name, errors.max, errors.median);
-  if (errors.not_finite > 0) std::printf("   and %s rows not finite", std::to_string(errors.not_finite).c_str());
-  std::printf("\n");
-}
-
 void compare_with_float64(const CompareArguments& arguments, const AttentionFile& file, const Plan& plan,
                           const Computed& computed) {
   Accuracy accuracy;
@@ -95,8 +79,7 @@ void compare_with_float64(const CompareArguments& arguments, const AttentionFile
   std::printf("\nerror against float64, relative per row, over %s %s query tokens (%s rows)\n", which,
               std::to_string(accuracy.tokens).c_str(), rows.c_str());
   std::printf("%-8s %12s %12s\n", "", "max", "median");
-  print_errors("MoBA", accuracy.moba);
-  print_errors("dense", accuracy.dense);
+  std::printf("%-8s %s\n%-8s %s\n", "MoBA", columns(accuracy.moba).c_str(), "dense", columns(accuracy.dense).c_str());
   std::printf("same blocks as float64 in %s of %s rows\n", same.c_str(), rows.c_str());
 }
 

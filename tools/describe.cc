@@ -73,4 +73,12 @@ std::map<std::string, std::string> describe_output(const Problem& problem, bool 
   return entries;
 }
 
+std::string list(const std::vector<NamedTensor>& tensors) {
+  std::string text;
+  for (const NamedTensor& named : tensors) {
+    text += (text.empty() ? "" : ", ") + named.name + " " + moba::describe(named.tensor);
+  }
+  return text;
+}
+
 }  // namespace moba::cli

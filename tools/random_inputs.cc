@@ -22,17 +22,6 @@ float deviate(std::uint64_t bits) {
   return static_cast<float>((sum / 65536.0 - 2.0) * 1.7320508);
 }
 
-ConstTensor fill(Buffer& memory, DType dtype, std::int64_t tokens, std::int64_t heads, std::int64_t d,
-                 std::uint64_t seed) {
-  const std::int64_t count = tokens * heads * d;
-  memory = Buffer(static_cast<std::size_t>(count) * size_in_bytes(dtype));
-  for (std::int64_t i = 0; i < count; ++i) {
-    seed += 0x9e3779b97f4a7c15u;
-    store_float(memory.data(), dtype, i, deviate(mix(seed)));
-  }
-  return {memory.data(), dtype, {tokens, heads, d}};
-}
-
 ConstTensor offsets(Buffer& memory, const std::vector<std::int64_t>& starts) {
   memory = Buffer(starts.size() * sizeof(std::int32_t));
   for (std::size_t i = 0; i < starts.size(); ++i) {
@@ -46,12 +35,24 @@ ConstTensor offsets(Buffer& memory, const std::vector<std::int64_t>& starts) {
 
 }  // namespace
 
+ConstTensor random_tensor(Buffer& memory, DType dtype, std::int64_t tokens, std::int64_t heads, std::int64_t d,
+                          std::uint64_t seed) {
+  const std::int64_t count = tokens * heads * d;
+  seed = mix(seed);
+  memory = Buffer(static_cast<std::size_t>(count) * size_in_bytes(dtype));
+  for (std::int64_t i = 0; i < count; ++i) {
+    seed += 0x9e3779b97f4a7c15u;
+    store_float(memory.data(), dtype, i, deviate(mix(seed)));
+  }
+  return {memory.data(), dtype, {tokens, heads, d}};
+}
+
 RandomInputs::RandomInputs(const Problem& problem, const std::vector<std::int64_t>& starts_q,
                            const std::vector<std::int64_t>& starts_k, std::uint64_t seed) {
   const std::int64_t d = problem.head_dim;
-  inputs.q = fill(q, problem.dtype, problem.total_q, problem.q_heads, d, mix(seed));
-  inputs.k = fill(k, problem.dtype, problem.total_k, problem.kv_heads, d, mix(seed + 1));
-  inputs.v = fill(v, problem.dtype, problem.total_k, problem.kv_heads, d, mix(seed + 2));
+  inputs.q = random_tensor(q, problem.dtype, problem.total_q, problem.q_heads, d, seed);
+  inputs.k = random_tensor(k, problem.dtype, problem.total_k, problem.kv_heads, d, seed + 1);
+  inputs.v = random_tensor(v, problem.dtype, problem.total_k, problem.kv_heads, d, seed + 2);
   inputs.cu_seqlens_q = offsets(cu_seqlens_q, starts_q);
   inputs.cu_seqlens_k = offsets(cu_seqlens_k, starts_k);
 }

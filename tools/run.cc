@@ -36,11 +36,7 @@ void finish(const RunArguments& arguments, const AttentionFile& file, const Plan
   std::printf("%s; %s\n\n", describe_attention(plan.problem(), blocks).c_str(), plan.kernels().c_str());
   count_flop(times, plan.arithmetic(file.starts_q, file.starts_k));
   print_stage_table(times, RateUnit(plan));
-  std::printf("\n%s:", arguments.output.c_str());
-  for (std::size_t i = 0; i < results.size(); ++i) {
-    std::printf("%s %s %s", i == 0 ? "" : ",", results[i].name.c_str(), describe(results[i].tensor).c_str());
-  }
-  std::printf("\n");
+  std::printf("\n%s: %s\n", arguments.output.c_str(), list(results).c_str());
   const ConstTensor& out = results.front().tensor;
   if (const std::int64_t bad = rows_not_finite(out); bad > 0) {
     std::printf("%s of %s rows of out are not finite\n", std::to_string(bad).c_str(),

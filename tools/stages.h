@@ -1,6 +1,7 @@
 // MoBA stage by stage, through the public functions, with the time that each takes.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,9 @@ struct StageTime {
 };
 
 double total_seconds(const std::vector<StageTime>& times);
+
+// The fastest of so many passes, which is the one that other programs disturbed least.
+std::vector<StageTime> fastest_pass(int passes, const std::function<std::vector<StageTime>()>& pass);
 
 // out [Tq, Hq, d] and lse [Hq, Tq] with their memory, where the plan computes.
 struct Results {
