@@ -6,6 +6,7 @@
 #include "memory_use.h"
 #include "moba/error.h"
 #include "safetensors.h"
+#include "views.h"
 
 namespace moba::cli {
 namespace {
@@ -111,6 +112,27 @@ std::string AttentionFile::describe() const {
   return text;
 }
 
+void AttentionFile::check_sequence(std::int64_t sequence) const {
+  const std::size_t count = starts_q.size() - 1;
+  if (sequence >= 0 && static_cast<std::size_t>(sequence) < count) return;
+  throw Error("--sequence: is " + std::to_string(sequence) + "; the file holds " + std::to_string(count) +
+              " sequences, numbered from 0");
+}
+
+Inputs AttentionFile::sequence(std::int64_t sequence) const {
+  check_sequence(sequence);
+  const auto s = static_cast<std::size_t>(sequence);
+  const std::int64_t q_len = starts_q[s + 1] - starts_q[s], k_len = starts_k[s + 1] - starts_k[s];
+  if (inputs.v.shape[0] != inputs.k.shape[0]) {
+    throw Error("v: is " + moba::describe(inputs.v) + "; allowed: as many tokens as k, " + moba::describe(inputs.k));
+  }
+  Inputs one;
+  one.q = rows_of(inputs.q, starts_q[s], q_len);
+  one.k = rows_of(inputs.k, starts_k[s], k_len);
+  one.v = rows_of(inputs.v, starts_k[s], k_len);
+  return one;
+}
+
 AttentionFile read_attention_file(const std::string& path) {
   const SafetensorsReader file(path);
   AttentionFile result;
@@ -126,6 +148,17 @@ AttentionFile read_attention_file(const std::string& path) {
   result.starts_q = starts(result.inputs.cu_seqlens_q, result.inputs.q.shape[0]);
   result.starts_k = starts(result.inputs.cu_seqlens_k, result.inputs.k.shape[0]);
   return result;
+}
+
+ConstTensor read_dout(const std::string& path, Buffer& memory) {
+  const SafetensorsReader file(path);
+  const FileTensor* tensor = file.find("dout");
+  if (tensor == nullptr) return {};
+  const FileTensor& q = *file.find("q");
+  if (tensor->dtype != q.dtype || tensor->shape != q.shape) {
+    refuse(file, "dout: is " + describe(*tensor) + "; q's " + describe(q) + " is wanted");
+  }
+  return load(file, *tensor, memory);
 }
 
 }  // namespace moba::cli

@@ -22,9 +22,16 @@ struct AttentionFile {
   Problem problem(const AttentionOptions& attention) const;
   // "q bf16 [4096, 9, 64], k and v bf16 [4096, 3, 64]"
   std::string describe() const;
+  // Refuses (moba::Error) the number of a sequence that the file does not hold.
+  void check_sequence(std::int64_t sequence) const;
+  // Views of the tokens of one sequence, for offsets that the library has checked.
+  Inputs sequence(std::int64_t sequence) const;
 };
 
 // Reads and checks names, dtypes and ranks; how the shapes fit together is the library's to check.
 AttentionFile read_attention_file(const std::string& path);
+
+// The tensor dout of the file, of q's dtype and shape; not given() where the file has none.
+ConstTensor read_dout(const std::string& path, Buffer& memory);
 
 }  // namespace moba::cli

@@ -39,6 +39,7 @@ is allocated. The GPU takes F16 and BF16.
 struct Parsed {
   RunArguments run, dense;
   CompareArguments compare;
+  BackwardArguments backward;
   MapArguments map;
   PlanArguments plan;
   BenchArguments bench;
@@ -55,6 +56,18 @@ void add_output(CLI::App& app, std::string& output, const char* help) {
 }
 
 int to_int(std::int64_t value) { return static_cast<int>(value); }
+
+void add_repeat(CLI::App& app, int& repeat) {
+  add_int(
+      app, "--repeat", 1, 1000, [&repeat](std::int64_t x) { repeat = to_int(x); },
+      "passes to time, the fastest counts (default " + std::to_string(repeat) + ")");
+}
+
+void add_sequence(CLI::App& app, std::int64_t& sequence) {
+  add_int(
+      app, "--sequence", 0, std::numeric_limits<std::int64_t>::max(), [&sequence](std::int64_t x) { sequence = x; },
+      "which sequence of a pack (default 0)");
+}
 
 void add_run(CLI::App& app, Parsed& parsed) {
   RunArguments& arguments = parsed.run;
@@ -100,9 +113,7 @@ void add_compare(CLI::App& app, Parsed& parsed) {
   CLI::App& command = *app.add_subcommand("compare", "MoBA against full attention: speed, error, attention kept");
   add_input(command, arguments.input);
   add_block_options(command, arguments.attention);
-  add_int(
-      command, "--repeat", 1, 1000, [&](std::int64_t x) { arguments.repeat = to_int(x); },
-      "passes to time, the fastest counts (default 3)");
+  add_repeat(command, arguments.repeat);
   add_int(
       command, "--check-rows", 0, std::numeric_limits<std::int64_t>::max(),
       [&](std::int64_t x) { arguments.check_rows = x; },
@@ -123,15 +134,47 @@ Examples:
   });
 }
 
+void add_backward(CLI::App& app, Parsed& parsed) {
+  BackwardArguments& arguments = parsed.backward;
+  CLI::App& command = *app.add_subcommand("backward", "gradients of MoBA: speed, error, a file of them");
+  add_input(command, arguments.input);
+  CLI::Option* output =
+      command
+          .add_option("-o,--output", arguments.output,
+                      "also write dq [Tq, Hq, d], dk and dv [Tk, Hk, d], out and lse, and dout if it was made up")
+          ->type_name("FILE");
+  add_block_options(command, arguments.attention);
+  add_int(
+      command, "--seed", 0, std::numeric_limits<std::int64_t>::max(),
+      [&](std::int64_t x) { arguments.seed = static_cast<std::uint64_t>(x); },
+      "of a random dout, where the file holds none (default 1)");
+  add_check_option(command, arguments.check);
+  add_repeat(command, arguments.repeat);
+  command.add_flag("--quiet", arguments.quiet, "print and check nothing")->needs(output);
+  add_attention_options(command, arguments.attention);
+  command.footer(std::string(kFileHelp) + R"(
+dout, the gradient of out, is a tensor of the file if it holds one, of q's shape and type; else it is random. Where
+top-k covers every block these are the gradients of full attention.
+
+The error of a row is |x - float64| / |float64|, or against an average row where that is longer. The float64 gradients
+are of the same blocks, out and lse.
+
+Examples:
+  moba backward data/smollm2-135m-layer15.safetensors --rope-base 100000
+  moba backward qkv.safetensors -o gradients.safetensors --block-size 64 --top-k 4 --check never)");
+  command.callback([&] {
+    check_attention_options(command, arguments.attention);
+    parsed.command = [&] { backward(arguments); };
+  });
+}
+
 void add_map(CLI::App& app, Parsed& parsed) {
   MapArguments& arguments = parsed.map;
   CLI::App& command = *app.add_subcommand("map", "the chosen blocks as a picture");
   add_input(command, arguments.input);
   add_output(command, arguments.output, "SVG file to write");
   add_block_options(command, arguments.attention);
-  add_int(
-      command, "--sequence", 0, std::numeric_limits<std::int64_t>::max(),
-      [&](std::int64_t x) { arguments.sequence = x; }, "which sequence of a pack (default 0)");
+  add_sequence(command, arguments.sequence);
   add_attention_options(command, arguments.attention);
   command.footer(std::string(kFileHelp) + R"(
 One panel per query head: query blocks from top to bottom, key blocks from left to right; the darker a cell, the more
@@ -237,7 +280,8 @@ int run_command_line(int argc, const char* const* argv) {
   app.require_subcommand(1);
   app.set_version_flag("--version", std::string("moba ") + version());
   app.get_formatter()->column_width(34);
-  for (const auto add : {add_run, add_dense, add_compare, add_map, add_plan, add_bench, add_info}) add(app, parsed);
+  for (const auto add : {add_run, add_dense, add_compare, add_backward, add_map, add_plan, add_bench, add_info})
+    add(app, parsed);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

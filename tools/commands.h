@@ -43,6 +43,22 @@ struct MapArguments {
 };
 void map(const MapArguments& arguments);  // map.cc
 
+// Whether gradients are held against float64.
+enum class CheckGradients : std::uint8_t { automatic, always, never };
+// As much arithmetic as that is done for by itself.
+inline constexpr double kCheckedFlop = 5e10;
+
+struct BackwardArguments {
+  std::string input;
+  std::string output;  // empty: none
+  AttentionOptions attention;
+  std::optional<std::uint64_t> seed;  // of dout, where the file has none
+  CheckGradients check = CheckGradients::automatic;
+  int repeat = 3;
+  bool quiet = false;
+};
+void backward(const BackwardArguments& arguments);  // backward.cc
+
 struct PlanArguments {
   std::string problem;
   Options options;  // unless the problem says otherwise

@@ -91,6 +91,12 @@ std::vector<double> Stopwatch::seconds() {
   return seconds;
 }
 
+void require_host(const Options& options, const char* reason) {
+  if (options.backend == Backend::cuda) {
+    throw Error(std::string("--backend: is cuda; allowed: cpu, reference: ") + reason);
+  }
+}
+
 void require_gpu_memory(const Plan& plan, double bytes) {
   const int device = Place(plan).index;
   const gpu::MemoryState memory = gpu::memory_state(device);

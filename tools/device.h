@@ -73,6 +73,7 @@ class OnHost {
 // The time of calls of a plan, one after another: on a GPU that of its work alone.
 class Stopwatch {
  public:
+  Stopwatch() = default;  // of the host
   explicit Stopwatch(const Plan& plan);
 
   void lap();
@@ -83,6 +84,9 @@ class Stopwatch {
   std::vector<std::chrono::steady_clock::time_point> host_;
   std::unique_ptr<gpu::Marks> gpu_;  // null: the host's clock it is
 };
+
+// Refuses (moba::Error) to compute on a GPU what only the host can; `reason` is why.
+void require_host(const Options& options, const char* reason);
 
 // Refuses (moba::Error) to take more of the memory of a plan's GPU than is free.
 void require_gpu_memory(const Plan& plan, double bytes);

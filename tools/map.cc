@@ -5,7 +5,6 @@
 #include "commands.h"
 #include "kept_mass.h"
 #include "memory_use.h"
-#include "moba/error.h"
 #include "output_file.h"
 #include "picture.h"
 #include "stages.h"
@@ -16,11 +15,7 @@ void map(const MapArguments& arguments) {
   check_output(arguments.output, arguments.input);
   const AttentionFile file = read_attention_file(arguments.input);
   const Plan plan(file.problem(arguments.attention), arguments.attention.options);
-  const std::int64_t batch = plan.problem().batch;
-  if (arguments.sequence >= batch) {
-    throw Error("--sequence: is " + std::to_string(arguments.sequence) + "; the file holds " + std::to_string(batch) +
-                " sequences, numbered from 0");
-  }
+  file.check_sequence(arguments.sequence);
   const MemoryUse use = memory_use(plan);
   require_memory(plan, {use.inputs(), use.staged() + use.results(), use.ids + 2 * use.lse});
   const PlacedInputs placed(plan, file.inputs);

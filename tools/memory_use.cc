@@ -21,7 +21,9 @@ MemoryUse memory_use(const Plan& plan) {
   use.lse = q_rows * sizeof(float);
   use.ids = q_rows * static_cast<double>(plan.slots()) * sizeof(std::int32_t);
   use.workspace = static_cast<double>(plan.workspace_bytes());
-  use.stages = static_cast<double>(plan.selection_bytes()) + centroids + (problem.rope ? use.q + use.k : 0.0);
+  use.backward_workspace = static_cast<double>(plan.backward_workspace_bytes());
+  use.selection = static_cast<double>(plan.selection_bytes());
+  use.stages = use.selection + centroids + (problem.rope ? use.q + use.k : 0.0);
   return use;
 }
 

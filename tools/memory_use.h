@@ -8,15 +8,21 @@ namespace moba::cli {
 // Bytes. All but workspace are tensors of the caller.
 struct MemoryUse {
   double q = 0, k = 0, v = 0, out = 0, lse = 0;
-  double workspace = 0;  // all that a call takes beyond its tensors
-  double ids = 0;        // the chosen blocks, of the selection
-  double stages = 0;     // between the stages, for who calls them one by one: rotated q and k, centroids, selection
+  double workspace = 0;           // all that a call takes beyond its tensors
+  double backward_workspace = 0;  // the same of backward
+  double ids = 0;                 // the chosen blocks, of the selection
+  double selection = 0;           // whole: the ids and their transpose
+  double stages = 0;  // between the stages, for who calls them one by one: rotated q and k, centroids, selection
 
   double inputs() const { return q + k + v; }
   double results() const { return out + lse; }
   // What the types of stages.h take beside the inputs: full attention with its Results, and a StagedForward.
   double dense() const { return results() + workspace; }
   double staged() const { return dense() + stages; }
+  // What a forward that keeps its selection and backward after it take beside the inputs, dout among it.
+  double trained() const {
+    return results() + selection + out + inputs() + (workspace > backward_workspace ? workspace : backward_workspace);
+  }
 };
 
 MemoryUse memory_use(const Plan& plan);

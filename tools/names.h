@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 
+#include "commands.h"
 #include "moba/error.h"
 #include "moba/plan.h"
 #include "text.h"
@@ -27,6 +28,9 @@ inline constexpr std::array kCudaKernels{Word<std::string_view>{"sm90", "sm90"},
 inline constexpr std::array kBf16Products{Word<Bf16Products>{"auto", Bf16Products::automatic},
                                           Word<Bf16Products>{"widen", Bf16Products::widen},
                                           Word<Bf16Products>{"dot", Bf16Products::dot}};
+inline constexpr std::array kGradientChecks{Word<CheckGradients>{"auto", CheckGradients::automatic},
+                                            Word<CheckGradients>{"always", CheckGradients::always},
+                                            Word<CheckGradients>{"never", CheckGradients::never}};
 inline constexpr std::array kRopeStyles{Word<RopeStyle>{"half-split", RopeStyle::half_split},
                                         Word<RopeStyle>{"interleaved", RopeStyle::interleaved}};
 inline constexpr std::array kRopeScalings{

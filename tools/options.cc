@@ -164,11 +164,21 @@ void add_block_options(CLI::App& app, AttentionOptions& attention) {
 void add_attention_options(CLI::App& app, AttentionOptions& attention) {
   app.add_flag_callback(
       "--no-causal", [&attention] { attention.config.causal = false; }, "every query sees every key of its sequence");
+  add_causal_attention_options(app, attention);
+}
+
+void add_causal_attention_options(CLI::App& app, AttentionOptions& attention) {
   add_real(
       app, "--scale", [&attention](double x) { attention.config.scale = x; },
       "factor on q . k in the attention (default 1 / sqrt(d))");
   add_rope_options(app, attention);
   add_execution_options(app, attention.options);
+}
+
+void add_check_option(CLI::App& app, CheckGradients& check) {
+  add_word(
+      app, "--check", kGradientChecks, [&check](CheckGradients x) { check = x; },
+      "hold the gradients against float64 (default auto: up to " + format_flop(kCheckedFlop) + ")");
 }
 
 void check_attention_options(const CLI::App& app, const AttentionOptions& attention) {

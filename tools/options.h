@@ -23,6 +23,11 @@ void add_block_options(CLI::App& app, AttentionOptions& attention);
 
 // The mask, the scale, RoPE, and how to compute.
 void add_attention_options(CLI::App& app, AttentionOptions& attention);
+// The same but for the mask, where it is always causal.
+void add_causal_attention_options(CLI::App& app, AttentionOptions& attention);
+
+// --check of gradients.
+void add_check_option(CLI::App& app, CheckGradients& check);
 
 // How to compute: backend, threads, instruction set; GPU, its kernels and workspace.
 void add_execution_options(CLI::App& app, Options& options);

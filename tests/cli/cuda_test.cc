@@ -61,6 +61,7 @@ TEST_F(CliCudaFile, OptionsNeedTheBackend) {
     for (const std::vector<std::string>& command : std::vector<std::vector<std::string>>{{"run", in_, "-o", out_},
                                                                                          {"dense", in_, "-o", out_},
                                                                                          {"compare", in_},
+                                                                                         {"backward", in_},
                                                                                          {"map", in_, "-o", out_},
                                                                                          {"plan", problem},
                                                                                          {"bench", problem},
@@ -90,6 +91,13 @@ TEST_F(CliCudaFile, EveryCommandSaysWhatIsMissing) {
     expect_refusal({command, "--backend", "cuda", "tokens=64 dtype=bf16"}, kRefused, "options.");
     expect_refusal({command, "backend=cuda tokens=64 dtype=bf16"}, kRefused, "options.");
   }
+  EXPECT_EQ(folder_.names(), std::vector<std::string>{"in"});
+}
+
+// With a GPU or without one.
+TEST_F(CliCudaFile, WhatOnlyTheHostDoesIsRefused) {
+  expect_refusal(arguments("backward", {"--backend", "cuda", "-o", out_}), kRefused,
+                 "moba: --backend: is cuda; allowed: cpu, reference: there is no backward on a GPU yet\n");
   EXPECT_EQ(folder_.names(), std::vector<std::string>{"in"});
 }
 

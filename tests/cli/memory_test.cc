@@ -6,6 +6,7 @@
 #include <string>
 
 #include "accuracy.h"
+#include "gradient_accuracy.h"
 #include "machine.h"
 #include "memory_use.h"
 #include "moba/error.h"
@@ -77,6 +78,20 @@ TEST(MemoryUse, ComparisonsAreCounted) {
   EXPECT_GT(some, few + use.q);
   EXPECT_GT(all, some + use.q);
   EXPECT_EQ(accuracy_bytes(plan, 20000), all);
+}
+
+TEST(MemoryUse, GradientsAreCounted) {
+  Problem problem{.dtype = DType::bf16, .q_heads = 4, .kv_heads = 2, .head_dim = 64, .config = {}, .rope = {}};
+  problem.total_q = problem.total_k = 10000;
+  const Plan plan(problem);
+  const MemoryUse use = memory_use(plan);
+  const double tensors = use.inputs() + 2 * use.out + use.lse;  // gradients, dout and out
+  EXPECT_EQ(use.backward_workspace, static_cast<double>(plan.backward_workspace_bytes()));
+  EXPECT_GE(use.trained(), tensors + use.backward_workspace + static_cast<double>(plan.selection_bytes()));
+  const double unrotated = gradient_accuracy_bytes(plan);
+  EXPECT_GT(unrotated, 2 * 2 * (use.inputs() + use.out)) << "inputs and gradients in float32";
+  problem.rope.emplace();
+  EXPECT_GT(gradient_accuracy_bytes(Plan(problem)), unrotated + use.q + use.k);
 }
 
 }  // namespace

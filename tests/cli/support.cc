@@ -112,6 +112,7 @@ void SmallInput::write(const std::string& path) const {
   add("q", tq, q_heads, 1);
   add("k", tk, kv_heads, 2);
   add("v", tk, kv_heads, 3);
+  if (dout) add("dout", tq, q_heads, 4);
   for (const auto& [name, values] : offsets) {
     tensors.push_back({name, ConstTensor(values.data(), DType::i32, {static_cast<std::int64_t>(values.size())})});
   }

@@ -55,6 +55,7 @@ struct SmallInput {
   std::int64_t tq = 64, tk = 64, q_heads = 4, kv_heads = 2, d = 16;
   DType dtype = DType::f32;
   std::map<std::string, std::vector<std::int32_t>> offsets;  // cu_seqlens tensors by name
+  bool dout = false;                                         // one more tensor, of q's shape
 
   void write(const std::string& path) const;
 };

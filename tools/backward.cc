@@ -1,0 +1,168 @@
+// moba backward: gradients of tensors in a file, timed and held against float64.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <optional>
+
+#include "attention_file.h"
+#include "commands.h"
+#include "describe.h"
+#include "gradient_accuracy.h"
+#include "memory_use.h"
+#include "moba/error.h"
+#include "output_file.h"
+#include "random_inputs.h"
+#include "safetensors.h"
+#include "stages.h"
+#include "text.h"
+
+namespace moba::cli {
+namespace {
+
+constexpr std::uint64_t kSeed = 1;
+
+// The gradient of out that is carried back: the file's, or made up.
+struct UpstreamGradient {
+  UpstreamGradient(const BackwardArguments& arguments, const AttentionFile& file) {
+    tensor = read_dout(arguments.input, memory);
+    if (!tensor.given()) {
+      seed = arguments.seed.value_or(kSeed);
+      const ConstTensor& q = file.inputs.q;
+      tensor = random_tensor(memory, q.dtype, q.shape[0], q.shape[1], q.shape[2], *seed);
+    } else if (arguments.seed) {
+      throw Error("--seed: is " + std::to_string(*arguments.seed) + "; allowed only where the file holds no dout");
+    }
+  }
+
+  Buffer memory;
+  ConstTensor tensor;
+  std::optional<std::uint64_t> seed;  // where it was made up
+};
+
+// A forward pass that keeps its selection, and backward after it, with all they write.
+class Training {
+ public:
+  Training(const Plan& plan, const Inputs& inputs, const ConstTensor& dout)
+      : plan_(plan),
+        inputs_(inputs),
+        dout_(dout),
+        workspace_(std::max(plan.workspace_bytes(), plan.backward_workspace_bytes())),
+        selection_memory_(plan.forward_is_dense() ? 0 : plan.selection_bytes()),
+        results_(plan) {
+    const Problem& p = plan.problem();
+    if (!plan.forward_is_dense()) selection_ = make_selection(plan, selection_memory_.span());
+    gradients_.dq = allocate(dq_, {}, p.dtype, {p.total_q, p.q_heads, p.head_dim}, "dq");
+    gradients_.dk = allocate(dk_, {}, p.dtype, {p.total_k, p.kv_heads, p.head_dim}, "dk");
+    gradients_.dv = allocate(dv_, {}, p.dtype, {p.total_k, p.kv_heads, p.head_dim}, "dv");
+  }
+
+  std::vector<StageTime> run(Progress& progress) {
+    StageClock clock(plan_, progress);
+    clock.begin(plan_.forward_is_dense() ? "dense" : "forward");
+    forward(plan_, inputs_, selection_, results_.outputs, workspace_.span());
+    clock.begin("backward");
+    backward(plan_, inputs_, selection_, {results_.outputs.out, results_.outputs.lse}, dout_, gradients_,
+             workspace_.span());
+    return clock.finish();
+  }
+
+  const Selection& selection() const { return selection_; }
+  const Outputs& results() const { return results_.outputs; }
+  const Gradients& gradients() const { return gradients_; }
+
+ private:
+  const Plan& plan_;
+  const Inputs& inputs_;
+  const ConstTensor dout_;
+  const Buffer workspace_, selection_memory_;
+  Selection selection_;  // empty where every block is chosen
+  Results results_;
+  PlacedMemory dq_, dk_, dv_;
+  Gradients gradients_;
+};
+
+bool to_be_checked(const BackwardArguments& arguments, double flop) {
+  if (arguments.check != CheckGradients::automatic) return arguments.check == CheckGradients::always;
+  return !arguments.quiet && flop <= kCheckedFlop;
+}
+
+void write_output(const BackwardArguments& arguments, const Plan& plan, const Training& training,
+                  const UpstreamGradient& dout) {
+  if (arguments.output.empty()) return;
+  const auto& [dq, dk, dv] = training.gradients();
+  std::vector<NamedTensor> tensors{
+      {"dq", dq}, {"dk", dk}, {"dv", dv}, {"out", training.results().out}, {"lse", training.results().lse}};
+  std::map<std::string, std::string> metadata = describe_output(plan.problem(), true);
+  if (dout.seed) {
+    tensors.push_back({"dout", dout.tensor});
+    metadata["seed"] = std::to_string(*dout.seed);
+  }
+  write_safetensors(arguments.output, tensors, metadata);
+  if (!arguments.quiet) std::printf("\n%s: %s\n", arguments.output.c_str(), list(tensors).c_str());
+}
+
+void print_problem(const BackwardArguments& arguments, const AttentionFile& file, const Plan& plan,
+                   const UpstreamGradient& dout) {
+  std::printf("%s: %s\n", arguments.input.c_str(), file.describe().c_str());
+  std::printf("%s; %s\n", describe_attention(plan.problem(), true).c_str(), plan.kernels().c_str());
+  std::printf("dout: %s\n\n", dout.seed ? ("random, seed " + std::to_string(*dout.seed)).c_str() : "the file's");
+  std::fflush(stdout);  // what follows can take a while
+}
+
+// A line a gradient: its norm and, where they are given, its errors.
+void print_gradients(const Gradients& gradients, const std::optional<GradientErrors>& errors, double flop) {
+  std::printf("\n%-8s %12s%s\n", "gradient", "norm", errors ? "    max error       median" : "");
+  const auto line = [&](const char* name, const Tensor& x, const RowErrors GradientErrors::*of) {
+    std::printf("%-8s %12.4e%s%s\n", name, std::abs(norm(x)), errors ? " " : "",
+                errors ? columns((*errors).*of).c_str() : "");
+  };
+  line("dq", gradients.dq, &GradientErrors::dq);
+  line("dk", gradients.dk, &GradientErrors::dk);
+  line("dv", gradients.dv, &GradientErrors::dv);
+  std::printf("%s\n", errors ? "error: against float64 gradients of the same blocks, out and lse, relative per row"
+                             : ("not held against float64: " + format_flop(flop) + " (--check always)").c_str());
+}
+
+void print_times(const AttentionFile& file, const Plan& plan, std::vector<StageTime> times) {
+  const MemoryUse use = memory_use(plan);
+  count_flop(times, plan.arithmetic(file.starts_q, file.starts_k));
+  print_stage_table(times, RateUnit(plan));
+  std::printf("\nmemory: workspace %s forward, %s backward", format_bytes(use.workspace).c_str(),
+              format_bytes(use.backward_workspace).c_str());
+  if (!plan.forward_is_dense()) std::printf("; selection %s", format_bytes(use.selection).c_str());
+  std::printf("\n");
+}
+
+}  // namespace
+
+void backward(const BackwardArguments& arguments) {
+  require_host(arguments.attention.options, "there is no backward on a GPU yet");
+  if (!arguments.output.empty()) check_output(arguments.output, arguments.input);
+  const AttentionFile file = read_attention_file(arguments.input);
+  const Plan plan(file.problem(arguments.attention), arguments.attention.options);
+  const double flop = plan.arithmetic(file.starts_q, file.starts_k).backward;
+  const bool checked = to_be_checked(arguments, flop);
+  const MemoryUse use = memory_use(plan);
+  require_memory(use.inputs() + use.trained() + (checked ? gradient_accuracy_bytes(plan) : 0.0));
+  const UpstreamGradient dout(arguments, file);
+  if (!arguments.quiet) print_problem(arguments, file, plan, dout);
+
+  Training training(plan, file.inputs, dout.tensor);
+  std::vector<StageTime> times;
+  {
+    Progress progress(!arguments.quiet);
+    times = fastest_pass(arguments.repeat, [&] { return training.run(progress); });
+  }
+  if (!arguments.quiet) print_times(file, plan, times);
+  write_output(arguments, plan, training, dout);
+  std::fflush(stdout);
+  std::optional<GradientErrors> errors;
+  if (checked) {
+    Progress progress(!arguments.quiet);
+    errors = check_gradients(plan, file.inputs, training.selection(), training.results(), dout.tensor,
+                             training.gradients(), progress);
+  }
+  if (!arguments.quiet) print_gradients(training.gradients(), errors, flop);
+}
+
+}  // namespace moba::cli
