@@ -40,6 +40,7 @@ struct Parsed {
   RunArguments run, dense;
   CompareArguments compare;
   BackwardArguments backward;
+  DecodeArguments decode;
   MapArguments map;
   PlanArguments plan;
   BenchArguments bench;
@@ -168,6 +169,40 @@ Examples:
   });
 }
 
+void add_decode(CLI::App& app, Parsed& parsed) {
+  DecodeArguments& arguments = parsed.decode;
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  CLI::App& command =
+      *app.add_subcommand("decode", "token by token through a KV cache: speed, bytes read, the same as a prefill");
+  add_input(command, arguments.input);
+  add_block_options(command, arguments.attention);
+  add_int(
+      command, "--prefill", 0, kMost, [&](std::int64_t x) { arguments.prefill = x; },
+      "tokens to feed in one call (default: half of them, or what --tokens leaves)");
+  add_int(
+      command, "--tokens", 0, kMost, [&](std::int64_t x) { arguments.tokens = x; },
+      "tokens to feed one by one after that (default: all that follow)");
+  add_int(
+      command, "--page-size", 1, kMost, [&](std::int64_t x) { arguments.page_size = x; },
+      "keep keys and values in pages of N tokens (default: contiguous)");
+  add_repeat(command, arguments.repeat);
+  add_sequence(command, arguments.sequence);
+  add_causal_attention_options(command, arguments.attention);
+  command.footer(std::string(kFileHelp) + R"(
+Blocks and out of every token are held against one prefill of all of them: the same blocks, and out within rounding, or
+the exit code is 1. Dense is the same cache with every block chosen. A token's time is that of its append and its
+decode; what it must read are the keys and values of the blocks that were chosen for it, and the centroids of those
+before its own where there are more than top-k.
+
+Examples:
+  moba decode data/smollm2-135m-layer15.safetensors --rope-base 100000
+  moba decode qkv.safetensors --prefill 1000 --tokens 100 --page-size 16)");
+  command.callback([&] {
+    check_attention_options(command, arguments.attention);
+    parsed.command = [&] { decode(arguments); };
+  });
+}
+
 void add_map(CLI::App& app, Parsed& parsed) {
   MapArguments& arguments = parsed.map;
   CLI::App& command = *app.add_subcommand("map", "the chosen blocks as a picture");
@@ -280,7 +315,8 @@ int run_command_line(int argc, const char* const* argv) {
   app.require_subcommand(1);
   app.set_version_flag("--version", std::string("moba ") + version());
   app.get_formatter()->column_width(34);
-  for (const auto add : {add_run, add_dense, add_compare, add_backward, add_map, add_plan, add_bench, add_info})
+  for (const auto add :
+       {add_run, add_dense, add_compare, add_backward, add_decode, add_map, add_plan, add_bench, add_info})
     add(app, parsed);
   try {
     app.parse(argc, argv);

@@ -59,6 +59,17 @@ struct BackwardArguments {
 };
 void backward(const BackwardArguments& arguments);  // backward.cc
 
+struct DecodeArguments {
+  std::string input;
+  AttentionOptions attention;
+  std::optional<std::int64_t> prefill;  // tokens fed in one call; not given: half of them
+  std::optional<std::int64_t> tokens;   // then fed one by one; not given: the rest
+  std::int64_t page_size = 0;           // 0: contiguous
+  int repeat = 3;
+  std::int64_t sequence = 0;
+};
+void decode(const DecodeArguments& arguments);  // decode.cc
+
 struct PlanArguments {
   std::string problem;
   Options options;  // unless the problem says otherwise

@@ -22,13 +22,13 @@ void expect_success(const Finished& run) {
 TEST(Cli, HelpTeaches) {
   const Finished overview = run_moba({"--help"});
   expect_success(overview);
-  for (const char* command : {"run", "dense", "compare", "backward", "map", "plan", "bench", "info"}) {
+  for (const char* command : {"run", "dense", "compare", "backward", "decode", "map", "plan", "bench", "info"}) {
     EXPECT_NE(overview.out.find(command), std::string::npos) << command;
     const Finished help = run_moba({command, "--help"});
     expect_success(help);
     EXPECT_NE(help.out.find("Usage: moba " + std::string(command)), std::string::npos) << help.out;
   }
-  for (const char* command : {"run", "dense", "compare", "backward", "map", "plan", "bench"}) {
+  for (const char* command : {"run", "dense", "compare", "backward", "decode", "map", "plan", "bench"}) {
     EXPECT_NE(run_moba({command, "--help"}).out.find("Example"), std::string::npos) << command;
   }
   EXPECT_EQ(run_moba({"--version"}).out.rfind("moba ", 0), 0u);

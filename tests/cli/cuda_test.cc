@@ -62,6 +62,7 @@ TEST_F(CliCudaFile, OptionsNeedTheBackend) {
                                                                                          {"dense", in_, "-o", out_},
                                                                                          {"compare", in_},
                                                                                          {"backward", in_},
+                                                                                         {"decode", in_},
                                                                                          {"map", in_, "-o", out_},
                                                                                          {"plan", problem},
                                                                                          {"bench", problem},
@@ -98,6 +99,8 @@ TEST_F(CliCudaFile, EveryCommandSaysWhatIsMissing) {
 TEST_F(CliCudaFile, WhatOnlyTheHostDoesIsRefused) {
   expect_refusal(arguments("backward", {"--backend", "cuda", "-o", out_}), kRefused,
                  "moba: --backend: is cuda; allowed: cpu, reference: there is no backward on a GPU yet\n");
+  expect_refusal(arguments("decode", {"--backend", "cuda"}), kRefused,
+                 "moba: --backend: is cuda; allowed: cpu, reference: there is no cache on a GPU yet\n");
   EXPECT_EQ(folder_.names(), std::vector<std::string>{"in"});
 }
 
