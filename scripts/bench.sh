@@ -25,7 +25,7 @@ bench_cpu() {
 }
 
 bench_cuda() {
-  nvidia-smi -L >/dev/null 2>&1 || die "bench.sh cuda: there is no NVIDIA GPU here (nvidia-smi -L lists none)"
+  [[ " $* " == *' --help '* ]] || nvidia-smi -L >/dev/null 2>&1 || die "bench.sh cuda: there is no NVIDIA GPU here (nvidia-smi -L lists none)"
   [[ -n ${CUDACXX:-} ]] || command -v nvcc "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" >/dev/null ||
     die "bench.sh cuda: nvcc was not found; put it on the PATH or set CUDACXX"
   require_packages "${build_packages[@]}" libcli11-dev

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "commands.h"
+#include "moba/error.h"
 #include "moba/info.h"
 #include "options.h"
 #include "problem_text.h"
@@ -223,6 +224,15 @@ Example:
   });
 }
 
+// With what the text of a problem says of how to compute. One that cannot be read is the command's to complain of.
+Options options_with(const std::string& problem, const Options& options) {
+  try {
+    return parse_problem(problem, options).options;
+  } catch (const Error&) {
+    return options;
+  }
+}
+
 void add_plan(CLI::App& app, Parsed& parsed) {
   PlanArguments& arguments = parsed.plan;
   CLI::App& command = *app.add_subcommand("plan", "memory and arithmetic of a problem, before running it");
@@ -234,7 +244,7 @@ Examples:
   moba plan 'tq=1 tk=100000 batch=16 q_heads=32 kv_heads=8'     (decoding)
   moba plan --backend cuda 'tokens=1048576 q_heads=32 kv_heads=8 dtype=bf16')");
   command.callback([&] {
-    check_execution_options(command, arguments.options);
+    check_execution_options(command, options_with(arguments.problem, arguments.options));
     parsed.command = [&] { plan(arguments); };
   });
 }
@@ -259,7 +269,7 @@ Examples:
   moba bench 'tokens=16384 q_heads=8 kv_heads=2 dtype=bf16 threads=1' --no-dense --json bench.json
   moba bench --backend cuda 'tokens=65536 q_heads=16 d=128 dtype=bf16')");
   command.callback([&] {
-    check_execution_options(command, arguments.options);
+    check_execution_options(command, options_with(arguments.problem, arguments.options));
     parsed.command = [&] { bench(arguments); };
   });
 }

@@ -72,6 +72,11 @@ TEST_F(CliCudaFile, OptionsNeedTheBackend) {
       expect_refusal(all, kWrongCommandLine, option[0] + ": needs --backend cuda");
     }
   }
+  expect_refusal({"plan", problem + " backend=cpu", "--backend", "cuda", "--device", "0"}, kWrongCommandLine,
+                 "--device: needs --backend cuda");
+  if (cuda_support().devices.empty()) {  // the text says it: refused for want of a GPU only
+    expect_refusal({"plan", problem + " backend=cuda", "--device", "0"}, kRefused, "options.backend");
+  }
   const auto refuse = [&](const std::string& name, const std::string& value, const std::string& part) {
     expect_refusal({"plan", problem, "--backend", "cuda", name, value}, kWrongCommandLine, part);
   };
