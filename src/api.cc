@@ -26,15 +26,6 @@ std::vector<Sequence> sequences_of(const Plan::Impl& plan, const Inputs& inputs)
   return sequences;
 }
 
-// The tensor with strides that are safe to multiply: those of dimensions that are never stepped over may be anything.
-template <class AnyTensor>
-AnyTensor tidy(AnyTensor tensor) {
-  for (int i = 0; i < tensor.rank; ++i) {
-    if (tensor.shape[i] <= 1) tensor.stride[i] = i == tensor.rank - 1 ? 1 : 0;
-  }
-  return tensor;
-}
-
 // The transpose is not that of the ids, or not yet: attend refuses it until index has written it.
 void mark_stale(const Selection& selection) { *static_cast<std::int64_t*>(selection.offsets.data) = -1; }
 

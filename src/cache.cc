@@ -11,17 +11,8 @@ namespace moba {
 
 namespace {
 
-// The tensor with strides that are safe to multiply: those of dimensions that are never stepped over may be anything.
-template <class AnyTensor>
-AnyTensor tidy(AnyTensor tensor) {
-  for (int i = 0; i < tensor.rank; ++i) {
-    if (tensor.shape[i] <= 1) tensor.stride[i] = i == tensor.rank - 1 ? 1 : 0;
-  }
-  return tensor;
-}
-
 void check_memory(const CachePlan& plan, Workspace workspace) {
-  check_workspace(plan.impl().plan.impl(), workspace, plan.workspace_bytes(), "plan.workspace_bytes()");
+  check_workspace(plan.impl().plan.impl(), workspace, plan.workspace_bytes(), "workspace_bytes");
 }
 
 void take_workspace(CacheCall& call, Workspace workspace) {

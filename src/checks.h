@@ -2,6 +2,7 @@
 // names the argument, what it was and what is allowed.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <span>
 #include <string_view>
@@ -35,6 +36,16 @@ struct Expected {
 void check_tensor(const Plan::Impl& plan, const ConstTensor& tensor, const Expected& expected);
 // The same of a problem's own tensors, while it is planned for `device`.
 void check_tensor(Device device, int device_index, const ConstTensor& tensor, const Expected& expected);
+
+// The tensor with strides that are safe to multiply: those of dimensions that are never stepped over may be anything. So
+// may all of a tensor that a function does not read, and has not checked.
+template <class AnyTensor>
+AnyTensor tidy(AnyTensor tensor) {
+  for (int i = 0; i < std::min(tensor.rank, kMaxRank); ++i) {
+    if (tensor.shape[i] <= 1) tensor.stride[i] = i == tensor.rank - 1 ? 1 : 0;
+  }
+  return tensor;
+}
 
 // A RoPE table of the caller's has a row for every position of the batch.
 void check_positions(const Call& call);

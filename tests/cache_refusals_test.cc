@@ -283,7 +283,10 @@ TEST(CacheRefusals, PagesThatAreUsedTwice) {
 
 TEST(CacheRefusals, Memory) {
   for (const CacheForm form : kForms) {
-    expect_refused(form, kBoth, "workspace: is",
+    const std::size_t bytes = CachePlan(good_problem(), {.threads = 1}).workspace_bytes();
+    expect_refused(form, kBoth,
+                   "workspace: is " + std::to_string(bytes - 1) + " bytes; allowed: at least plan.workspace_bytes(), " +
+                       std::to_string(bytes),
                    [](Arguments& a) { a.workspace = a.workspace.first(a.workspace.size() - 1); });
     expect_refused(form, kBoth, "workspace: is 0 bytes", [](Arguments& a) { a.workspace = {}; });
     expect_refused(form, kAppend, "cache.k: is in memory that k spans",
@@ -304,6 +307,8 @@ TEST(CacheRefusals, Memory) {
                    [](Arguments& a) { a.outputs.out.data = a.cached.data(); });
     expect_refused(form, kDecode, "lse: is in memory that cache.centroids spans",
                    [](Arguments& a) { a.outputs.lse.data = a.centroids.data(); });
+    expect_refused(form, kDecode, "lse: is in memory that out spans",
+                   [](Arguments& a) { a.outputs.lse.data = a.outputs.out.data; });
     expect_refused(form, kDecode, "ids: is in memory that out spans",
                    [](Arguments& a) { a.outputs.ids.data = a.outputs.out.data; });
     expect_refused(form, kBoth, "workspace: is in memory that", [](Arguments& a) {
@@ -315,6 +320,33 @@ TEST(CacheRefusals, Memory) {
       a.workspace = std::as_writable_bytes(std::span(a.cached)).first(a.plan.workspace_bytes());
     });
   }
+}
+
+// Tables are only read, so nothing may be written over them.
+TEST(CacheRefusals, OutputsOverTables) {
+  std::vector<std::int32_t> room(1 << 14);
+  const auto refused = [&](CacheForm form, const std::string& name, ConstTensor& (*get)(Arguments&)) {
+    const auto move_table = [&](Arguments& a) {
+      ConstTensor& table = get(a);
+      const std::int64_t count = table.shape[0] * (table.rank == 2 ? table.shape[1] : 1);
+      std::copy_n(static_cast<const std::int32_t*>(table.data), count, room.begin());
+      table.data = room.data();
+    };
+    expect_refused(form, kDecode, "out: is in memory that " + name + " spans", [&](Arguments& a) {
+      move_table(a);
+      a.outputs.out.data = room.data();
+    });
+    expect_refused(form, kAppend, "cache.centroids: is in memory that " + name + " spans", [&](Arguments& a) {
+      move_table(a);
+      a.cache.centroids.data = room.data();
+    });
+  };
+  for (const CacheForm form : kForms) refused(form, "cu_seqlens", [](auto& a) -> ConstTensor& { return a.cu_seqlens; });
+  refused(CacheForm::contiguous, "cache.lengths", [](auto& a) -> ConstTensor& { return a.cache.lengths; });
+  refused(CacheForm::block_table, "cache.block_table", [](auto& a) -> ConstTensor& { return a.cache.block_table; });
+  refused(CacheForm::csr, "cache.indptr", [](auto& a) -> ConstTensor& { return a.cache.indptr; });
+  refused(CacheForm::csr, "cache.indices", [](auto& a) -> ConstTensor& { return a.cache.indices; });
+  refused(CacheForm::csr, "cache.last_page_len", [](auto& a) -> ConstTensor& { return a.cache.last_page_len; });
 }
 
 // k and v of a page may lie beside each other: [pages, 2, page size, heads, d], and with tokens inside: [.., 2, heads,

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <functional>
 
+#include "refusals.h"
 #include "support.h"
 
 namespace moba::test {
@@ -92,9 +93,7 @@ void expect_refused(Function function, const std::string& argument, const std::s
     call(function, a);
     ADD_FAILURE() << "accepted";
   } catch (const Error& error) {
-    const std::string message = error.what();
-    EXPECT_NE(message.find(argument), std::string::npos) << message;
-    EXPECT_EQ(message.find('\n'), std::string::npos) << message;
+    EXPECT_TRUE(refuses(error.what(), argument));
     EXPECT_TRUE(a.untouched());
   }
 }
@@ -182,6 +181,7 @@ std::vector<Change> changes(const Argument& argument, const Tensor& good) {
       {"a dimension more", [](Tensor& t) { t.shape[t.rank] = 1, t.stride[t.rank] = 1, ++t.rank; }},
       {"a dimension less", [](Tensor& t) { t.rank == 1 ? void(t.shape[0] = 0) : void(--t.rank); }},
       {"negative rank", [](Tensor& t) { t.rank = -1; }},
+      {"huge rank", [](Tensor& t) { t.rank = 1 << 20; }},
       {"another float", [](Tensor& t) { t.dtype = t.dtype == DType::f16 ? DType::bf16 : DType::f16; }},
       {"another type", [](Tensor& t) { t.dtype = t.dtype == DType::i32 ? DType::i64 : DType::i32; }},
       {"no type", [](Tensor& t) { t.dtype = static_cast<DType>(200); }},

@@ -99,5 +99,31 @@ TEST(Strides, ThatMeanNothingMayBeAnything) {
   EXPECT_NO_THROW(forward(plan, inputs, outputs, workspace));
 }
 
+// A tensor that a function does not read is not looked at, however little sense it makes.
+TEST(Strides, TensorsThatAreNotReadMayBeAnything) {
+  Tensor nonsense;
+  nonsense.rank = 1 << 20;
+  nonsense.shape = {-1, 1, 0, 1};
+  Case c;
+  const Data data(c);
+  Runner run(c.problem(), {});
+  const Array centroids = run.pool(data.inputs());
+  const Chosen chosen = run.select(data.inputs());
+  Inputs inputs = data.inputs();
+  inputs.q = inputs.v = nonsense;
+  EXPECT_EQ(run.pool(inputs).bits(), centroids.bits());
+  Chosen again(run.plan());
+  again.ids = chosen.ids;
+  inputs.k = nonsense;
+  run.index(inputs, again);
+  EXPECT_EQ(again.transpose(), chosen.transpose());
+  inputs.q = data.inputs().q;
+  std::vector<std::byte> workspace(run.plan().workspace_bytes());
+  again.ids = Array(DType::i32, {64, 2, run.plan().slots()});
+  const Selection ids_only{again.ids.tensor(), again.counts.tensor(), {}, nonsense};
+  gate(run.plan(), inputs, centroids.tensor(), ids_only, workspace);
+  EXPECT_EQ(again.ids.bits(), chosen.ids.bits());
+}
+
 }  // namespace
 }  // namespace moba::test
