@@ -11,8 +11,8 @@
 #include "cpu/targets.h"
 #include "cpu/workers.h"
 #include "cuda/backend.h"
-#include "moba/error.h"
 #include "plan_impl.h"
+#include "refuse.h"
 
 namespace moba {
 
@@ -172,7 +172,7 @@ Arithmetic Plan::arithmetic(const std::vector<std::int64_t>& cu_seqlens_q,
 Arithmetic Plan::arithmetic() const {
   const Problem& p = impl_->problem;
   if (p.batch == 0) return arithmetic({0}, {0});
-  if (p.batch != 1) throw Error("batch: is " + std::to_string(p.batch) + "; give cu_seqlens where it is not 1");
+  if (p.batch != 1) refuse("batch", p.batch, "0 or 1 where cu_seqlens are not given");
   return arithmetic({0, p.total_q}, {0, p.total_k});
 }
 
