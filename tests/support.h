@@ -217,9 +217,10 @@ reference::GradientRows backward_f64(Runner& run, const Inputs& inputs, Chosen* 
                                      const Attention* results = nullptr);
 // Every row of every gradient against float64: the error at most `bound` times the norm of the row, or of an average
 // row of the tensor where that is greater; or what rounding leaves of terms that cancel, where that is greater still.
+// `extra` is what the weights may be off by where scores are large.
 double gradient_bound(DType dtype);
 ::testing::AssertionResult close(const Slopes& got, const reference::GradientRows& expected, const Data& data,
-                                 const Array& dout, double scale, double bound);
+                                 const Array& dout, double scale, double bound, double extra = 0);
 
 // What holds for every selection that gate makes: ascending, then -1, as many as there should be, the own block in.
 ::testing::AssertionResult well_formed(const Case& c, const Chosen& chosen);
