@@ -7,6 +7,7 @@ build_packages=(g++:g++ cmake:cmake ninja-build:ninja libhwy-dev libtbb-dev)
 program_packages=(libcli11-dev nlohmann-json3-dev)
 test_packages=(libgtest-dev librapidcheck-dev pkg-config:pkg-config)
 lint_packages=(clang-format-14:clang-format-14 clang-tidy-14:clang-tidy-14)
+fuzz_packages=(clang-14:clang++-14 libclang-rt-14-dev llvm-14:llvm-symbolizer-14)
 bench_packages=(libbenchmark-dev libopenblas-pthread-dev)
 
 say() { printf '%s\n' "$*" >&2; }
@@ -62,6 +63,12 @@ installed() {
   # shellcheck disable=SC2016 # the ${} is dpkg-query's
   [[ $(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null) == installed ]]
 }
+
+# The sanitizers of g++ 12 and clang 14 need memory layouts less random than some kernels make them.
+fixed_layout=()
+if [[ $(cat /proc/sys/vm/mmap_rnd_bits 2>/dev/null || echo 0) -gt 28 ]] && setarch "$(uname -m)" -R true 2>/dev/null; then
+  fixed_layout=(setarch "$(uname -m)" -R)
+fi
 
 # build PRESET [CMAKE-OPTION...]: configures and builds the preset, in build/PRESET.
 build() {

@@ -15,17 +15,18 @@
 #   tidy      clang-tidy, with the checks of .clang-tidy
 #   asan      build and ctest with the address and undefined-behaviour sanitizers
 #   tsan      build and ctest with the thread sanitizer
+#   fuzz      a short round of every fuzzer, the same inputs every time (./scripts/fuzz.sh round)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib.sh
 source scripts/lib.sh
 
-every_phase=(format build tests package demo figures embed tidy asan tsan)
+every_phase=(format build tests package demo figures embed tidy asan tsan fuzz)
 phases=(build tests package)
 [[ ${CI:-} == true || ${CI:-} == 1 ]] && phases=("${every_phase[@]}")
 case ${1:-} in
   -h | --help)
-    sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit
     ;;
   --all) phases=("${every_phase[@]}") ;;
@@ -43,7 +44,7 @@ with_bench=OFF             # the benchmarks are compiled in the full run only
 cxx=${CXX:-g++}
 jobs=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 
-sources() { find include src tools tests bench examples -regex '.*\.\(h\|cc\|cu\|cuh\)'; }
+sources() { find include src tools tests fuzz bench examples -regex '.*\.\(h\|cc\|cu\|cuh\)'; }
 
 run_format() { sources | xargs clang-format-14 --dry-run --Werror; }
 
@@ -133,11 +134,6 @@ run_tidy() {
       --extra-arg=-Wno-unknown-warning-option 2> >(grep -v 'warnings generated' >&2)
 }
 
-# The sanitizers of g++ 12 need memory layouts less random than some kernels make them.
-fixed_layout=()
-if [[ $(cat /proc/sys/vm/mmap_rnd_bits 2>/dev/null || echo 0) -gt 28 ]] && setarch "$(uname -m)" -R true 2>/dev/null; then
-  fixed_layout=(setarch "$(uname -m)" -R)
-fi
 sanitize() {
   cmake --preset "$1"
   "${fixed_layout[@]}" cmake --build --preset "$1"
@@ -145,6 +141,8 @@ sanitize() {
 }
 run_asan() { sanitize asan-ubsan; }
 run_tsan() { sanitize tsan; }
+
+run_fuzz() { ./scripts/fuzz.sh round; }
 
 packages=()
 if chosen build || chosen tests || chosen asan || chosen tsan || chosen tidy || chosen package || chosen demo; then

@@ -80,8 +80,8 @@ struct Arguments {
   Array cu = starts({5, 3});
   Array out{DType::f32, {8, 4, 16}}, lse{DType::f32, {4, 8}}, ids{DType::i32, {8, 4, 3}};
   std::vector<std::byte> memory = std::vector<std::byte>(plan.workspace_bytes(), std::byte{0x5a});
-  std::vector<float> cached = std::vector<float>(2 * 64 * 2 * 16, 0.25f),
-                     centroids = std::vector<float>(2 * 12 * 2 * 16, 0.5f);
+  std::vector<float> cached = std::vector<float>(std::size_t{2} * 64 * 2 * 16, 0.25f),
+                     centroids = std::vector<float>(std::size_t{2} * 12 * 2 * 16, 0.5f);
   std::vector<std::int32_t> lengths{20, 13}, table{3, 1, 5, 6, -1, 7, 2, 99, -1, -1}, indptr{0, 3, 5},
       indices{3, 1, 5, 7, 2}, last_page_len{4, 5};
 
@@ -94,7 +94,7 @@ struct Arguments {
     // Pages of 8 tokens; or 32 places a sequence.
     const std::int64_t pages = form == CacheForm::contiguous ? 2 : 8, size = 64 / pages;
     cache.k = Tensor(cached.data(), DType::f32, {pages, size, 2, 16});
-    cache.v = Tensor(cached.data() + 64 * 32, DType::f32, {pages, size, 2, 16});
+    cache.v = Tensor(cached.data() + std::ptrdiff_t{64} * 32, DType::f32, {pages, size, 2, 16});
     cache.centroids = Tensor(centroids.data(), DType::f32, {2, 12, 2, 16});
     if (form == CacheForm::csr) {
       cache.indptr = ConstTensor(indptr.data(), DType::i32, {3});
@@ -292,7 +292,7 @@ TEST(CacheRefusals, Memory) {
     expect_refused(form, kAppend, "cache.k: is in memory that k spans",
                    [](Arguments& a) { a.k.data = a.cached.data() + 100; });
     expect_refused(form, kAppend, "cache.v: is in memory that v spans",
-                   [](Arguments& a) { a.v.data = a.cached.data() + 64 * 32 + 7; });
+                   [](Arguments& a) { a.v.data = a.cached.data() + std::ptrdiff_t{64} * 32 + 7; });
     expect_refused(form, kAppend, "cache.centroids: is in memory that k spans",
                    [](Arguments& a) { a.k.data = a.centroids.data(); });
     expect_refused(form, kAppend, "cache.k: is in memory that cache.v spans",
@@ -352,10 +352,10 @@ TEST(CacheRefusals, OutputsOverTables) {
 // k and v of a page may lie beside each other: [pages, 2, page size, heads, d], and with tokens inside: [.., 2, heads,
 // d].
 TEST(CacheRefusals, KeysAndValuesMayInterleave) {
-  for (const std::int64_t offset : {8 * 2 * 16, 2 * 16}) {
+  for (const std::int64_t offset : {256, 32}) {
     Arguments a(CacheForm::block_table);
     a.cache.k.stride = a.cache.v.stride =
-        offset == 32 ? std::array<std::int64_t, 4>{8 * 64, 64, 16, 1} : std::array<std::int64_t, 4>{8 * 64, 32, 16, 1};
+        offset == 32 ? std::array<std::int64_t, 4>{512, 64, 16, 1} : std::array<std::int64_t, 4>{512, 32, 16, 1};
     a.cache.v.data = a.cached.data() + offset;
     EXPECT_EQ(message([&] { call(kAppend, a); }), "not refused");
     a.cache.v.data = a.cached.data() + offset - 16;

@@ -76,7 +76,7 @@ void fill_values(const Trial& trial, Data& data) {
 ::testing::AssertionResult same(const char* what, const std::vector<std::uint64_t>& got,
                                 const std::vector<std::uint64_t>& expected) {
   if (got == expected) return ::testing::AssertionSuccess();
-  return ::testing::AssertionFailure() << what << " is not the reference's, bit for bit";
+  return ::testing::AssertionFailure() << what << " differ, bit for bit";
 }
 
 ::testing::AssertionResult named(const char* what, const ::testing::AssertionResult& result) {
