@@ -236,6 +236,7 @@ Selection make_selection(const Plan& plan, std::span<std::byte> memory, bool sha
     throw Error("memory: is " + std::to_string(memory.size()) + " bytes; allowed: at least plan.selection_bytes(), " +
                 std::to_string(plan.selection_bytes(shared)));
   }
+  if (memory.data() == nullptr) throw Error("memory: is a null pointer; allowed: a pointer");
   if (reinterpret_cast<std::uintptr_t>(memory.data()) % alignof(std::int64_t) != 0) {
     throw Error("memory: is not aligned; allowed: addresses that are multiples of 8");
   }

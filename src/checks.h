@@ -37,8 +37,8 @@ void check_tensor(const Plan::Impl& plan, const ConstTensor& tensor, const Expec
 // The same of a problem's own tensors, while it is planned for `device`.
 void check_tensor(Device device, int device_index, const ConstTensor& tensor, const Expected& expected);
 
-// The tensor with strides that are safe to multiply: those of dimensions that are never stepped over may be anything. So
-// may all of a tensor that a function does not read, and has not checked.
+// The tensor with strides that are safe to multiply: those of dimensions that are never stepped over may be anything.
+// So may all of a tensor that a function does not read, and has not checked.
 template <class AnyTensor>
 AnyTensor tidy(AnyTensor tensor) {
   for (int i = 0; i < std::min(tensor.rank, kMaxRank); ++i) {

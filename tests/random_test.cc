@@ -13,7 +13,7 @@ constexpr int kProblems = kSanitized ? 24 : 256;
 
 Trial trial_of(std::uint64_t seed) {
   Random random(seed);
-  const std::int64_t most_tokens = random.one_in(8) ? 250 : 64;
+  const std::int64_t most_tokens = random.one_in(12) ? 200 : 64;
   return draw_trial([&](auto least, auto most) { return random.integer(least, most); }, most_tokens);
 }
 

@@ -367,16 +367,6 @@ TEST(RefusedCalls, Transposes) {
                  [&](Arguments& a) { entry(a, offset(a, a.read.offsets.dim(0) - 1) - 1) = 66; });
 }
 
-TEST(RefusedCalls, MakeSelection) {
-  const Arguments a;
-  std::vector<std::int64_t> memory(a.plan.selection_bytes() / 8);
-  const auto bytes = std::as_writable_bytes(std::span(memory));
-  EXPECT_NO_THROW(make_selection(a.plan, bytes));
-  EXPECT_THROW(make_selection(a.plan, bytes.first(bytes.size() - 1)), Error);
-  std::vector<std::int64_t> more(memory.size() + 1);
-  EXPECT_THROW(make_selection(a.plan, std::as_writable_bytes(std::span(more)).subspan(4)), Error);
-}
-
 // gate leaves the transpose of other ids behind: attend does not take it for that of the new ones.
 TEST(RefusedCalls, AttendAfterGateWithoutIndex) {
   expect_refused(kAttend, "selection.offsets[0]", "of older ids", [](Arguments& a) {

@@ -279,6 +279,26 @@ TEST(RefusedPlans, EdgesAreAccepted) {
   for (const std::string& target : cpu_targets()) EXPECT_NO_THROW(Plan(good_problem(), {.cpu_target = target}));
 }
 
+TEST(RefusedPlans, MemoryOfASelection) {
+  const Plan plan(good_problem());
+  std::vector<std::int64_t> memory(plan.selection_bytes() / 8 + 1);
+  const auto bytes = std::as_writable_bytes(std::span(memory));
+  const auto refused = [&](std::span<std::byte> given, const std::string& message) {
+    try {
+      make_selection(plan, given);
+      ADD_FAILURE() << "accepted: " << message;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.what(), message);
+    }
+  };
+  const std::string needed = std::to_string(plan.selection_bytes());
+  EXPECT_NO_THROW(make_selection(plan, bytes));
+  refused(bytes.first(8), "memory: is 8 bytes; allowed: at least plan.selection_bytes(), " + needed);
+  refused({}, "memory: is 0 bytes; allowed: at least plan.selection_bytes(), " + needed);
+  refused({static_cast<std::byte*>(nullptr), bytes.size()}, "memory: is a null pointer; allowed: a pointer");
+  refused(bytes.subspan(4), "memory: is not aligned; allowed: addresses that are multiples of 8");
+}
+
 TEST(RefusedPlans, Arithmetic) {
   const Plan plan(good_problem());
   const auto message = [&](const std::vector<std::int64_t>& q, const std::vector<std::int64_t>& k) {

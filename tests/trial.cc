@@ -1,6 +1,7 @@
 #include "trial.h"
 
 #include <algorithm>
+#include <cmath>
 #include <ostream>
 
 namespace moba::test {
@@ -44,6 +45,12 @@ void draw_lengths(const Draw& draw, std::int64_t most_tokens, Case& c) {
 }
 
 bool is_prompt(const Case& c) { return c.config.causal && c.q_lengths == c.k_lengths; }
+
+// Above those of noise with the scale that is taken by default.
+bool has_large_scores(const Trial& trial) {
+  return trial.values == Values::large_scores ||
+         std::abs(scale_of(trial.c)) > 1 / std::sqrt(static_cast<double>(trial.c.head_dim));
+}
 
 void fill_values(const Trial& trial, Data& data) {
   const Case& c = trial.c;
@@ -97,7 +104,7 @@ class Judge {
         cpu_(trial.c.problem(), trial.options),
         chosen_(cpu_.plan()),
         kept_(cpu_.plan(), trial.c.outputs),
-        extra_(trial.values == Values::large_scores ? 2 * score_error(data_, scale_of(trial.c)) : 0) {}
+        extra_(has_large_scores(trial) ? 2 * score_error(data_, scale_of(trial.c)) : 0) {}
 
   ::testing::AssertionResult agrees() {
     if (const auto result = rope(); !result) return result;
