@@ -93,8 +93,9 @@ run_demo() {
 }
 
 # What README.md quotes of moba_bench.
-figures=(cpu.sgemm cpu.attend cpu.attend_over_sgemm cpu.attend_bf16_over_sgemm cpu.routing_share cpu.moba_over_dense
-  cpu.dense_over_sgemm cpu.flop_ratio cpu.peak_extra_mib cpu.decode_speedup cpu.decode_bandwidth)
+figures=(cpu.sgemm cpu.attend cpu.attend_over_sgemm cpu.attend_bf16 cpu.attend_bf16_over_sgemm cpu.attend_bf16_dot
+  cpu.backward cpu.backward_over_sgemm cpu.routing_share cpu.moba_over_dense cpu.dense cpu.dense_over_sgemm cpu.flop_ratio
+  cpu.peak_extra_mib cpu.decode cpu.decode_speedup cpu.decode_over_full cpu.decode_bandwidth cpu.decode_read)
 
 run_figures() {
   local name printed missing=()

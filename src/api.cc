@@ -1,5 +1,6 @@
 // The public functions: check, then hand one Call to the steps of the plan's backend.
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "call.h"
@@ -28,6 +29,7 @@ std::vector<Sequence> sequences_of(const Plan::Impl& plan, const Inputs& inputs)
 
 // The transpose is not that of the ids, or not yet: attend refuses it until index has written it.
 void mark_stale(const Selection& selection) { *static_cast<std::int64_t*>(selection.offsets.data) = -1; }
+bool is_stale(const Selection& selection) { return *static_cast<const std::int64_t*>(selection.offsets.data) == -1; }
 
 Outputs tidy(const Outputs& outputs) { return {tidy(outputs.out), tidy(outputs.lse)}; }
 
@@ -153,6 +155,11 @@ void forward_into(const Plan& plan, const Inputs& inputs, const Selection* kept,
                   Workspace workspace, Stream stream) {
   const bool is_dense = plan.forward_is_dense();
   const Call call = checked_attention(plan, inputs, is_dense ? nullptr : kept, outputs, workspace, stream);
+  if (is_dense && kept != nullptr && kept->offsets.given()) {  // there is none, and backward is to know
+    check_selection_transpose(plan.impl(), *kept);
+    check_no_overlap(std::array{Region("selection.offsets", kept->offsets)}, regions(inputs, kQ | kK | kV));
+    mark_stale(*kept);
+  }
   Stack stack(call, plan.problem());
   Intermediates memory = take_rotated(plan, stack);
   if (is_dense) return plan.impl().steps->dense(rotated(call, memory), tidy(outputs));
@@ -188,6 +195,14 @@ Call checked_backward(const Plan& plan, const Inputs& inputs, const Selection* s
   return call;
 }
 
+// Where forward was dense there is none, unless the caller made one, for attend.
+bool reads_selection(const Plan& plan, const Selection& selection) {
+  if (!plan.forward_is_dense()) return true;
+  if (!selection.offsets.given()) return false;
+  check_selection_transpose(plan.impl(), selection);
+  return !is_stale(selection);
+}
+
 // backward over the selection, or, where that is null, over all keys.
 void backward_over(const Plan& plan, const Inputs& inputs, const Selection* selection, const ConstOutputs& results,
                    const ConstTensor& dout, const Gradients& gradients, Workspace workspace, Stream stream) {
@@ -221,8 +236,9 @@ void dense(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Works
 
 void backward(const Plan& plan, const Inputs& inputs, const Selection& selection, const ConstOutputs& results,
               const ConstTensor& dout, const Gradients& gradients, Workspace workspace, Stream stream) {
-  backward_over(plan, inputs, plan.forward_is_dense() ? nullptr : &selection, results, dout, gradients, workspace,
-                stream);
+  check_has_backward(plan.impl());
+  backward_over(plan, inputs, reads_selection(plan, selection) ? &selection : nullptr, results, dout, gradients,
+                workspace, stream);
 }
 
 void dense_backward(const Plan& plan, const Inputs& inputs, const ConstOutputs& results, const ConstTensor& dout,

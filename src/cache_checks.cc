@@ -123,7 +123,7 @@ class Tables {
 
   // A page that is written to belongs to one place of one sequence.
   void check_written(const std::vector<CachedSequence>& sequences) const {
-    std::vector<bool> seen(static_cast<std::size_t>(places_)), written(seen);
+    std::vector<bool> written(static_cast<std::size_t>(places_));
     const auto first_written = [&](const CachedSequence& s) {
       return s.q_len == 0 ? ceil_div(s.length, size_) : s.first_position() / size_;
     };

@@ -86,14 +86,17 @@ class BorrowedArena {
 
 }  // namespace
 
-void run_workers(int workers, void (*work)(void* context, int slot), void* context) {
+void run_workers(int threads, int workers, void (*work)(void* context, int slot), void* context) {
   char start = 0, end = 0;
   happens_before(start);
   // An arena that no other call is in keeps the call within its limit and apart from whatever else the process runs on
   // oneTBB. (It warns on stderr about one that is larger than what the process allows.)
   using Limit = oneapi::tbb::global_control;
   const auto allowed = static_cast<int>(Limit::active_value(Limit::max_allowed_parallelism));
-  BorrowedArena arena(std::min(workers, allowed));
+  BorrowedArena arena(std::min(threads, allowed));
+  // With the floating-point mode of this caller: an arena by itself has that of whoever was in it first.
+  using Context = oneapi::tbb::task_group_context;
+  Context context_of_caller(Context::isolated, Context::default_traits | Context::fp_settings);
   arena->execute([&] {
     oneapi::tbb::parallel_for(
         0, workers,
@@ -102,7 +105,7 @@ void run_workers(int workers, void (*work)(void* context, int slot), void* conte
           work(context, slot);
           happens_before(end);
         },
-        oneapi::tbb::simple_partitioner());
+        oneapi::tbb::simple_partitioner(), context_of_caller);
   });
   happens_after(end);
 }

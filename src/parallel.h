@@ -7,8 +7,9 @@
 
 namespace moba {
 
-// Calls work(context, slot) once for each slot in [0, workers), at the same time where threads are free. parallel.cc
-void run_workers(int workers, void (*work)(void* context, int slot), void* context);
+// Calls work(context, slot) once for each slot in [0, workers), at the same time where threads are free. workers <=
+// threads, which is the plan's number: what serves one call serves the next. parallel.cc
+void run_workers(int threads, int workers, void (*work)(void* context, int slot), void* context);
 
 // Calls f(i, slot) once for each i in [0, n), on at most `threads` threads. Items are handed out in ascending order,
 // one at a time; `slot` in [0, threads) is held by one thread at a time, for scratch memory. f must not throw.
@@ -27,7 +28,7 @@ void parallel_for(int threads, std::int64_t n, F&& f) {
     for (std::int64_t i = take(); i < n; i = take()) f(i, slot);
   };
   run_workers(
-      workers, [](void* context, int slot) { (*static_cast<decltype(work)*>(context))(slot); }, &work);
+      threads, workers, [](void* context, int slot) { (*static_cast<decltype(work)*>(context))(slot); }, &work);
 }
 
 }  // namespace moba

@@ -25,7 +25,9 @@ template <class T>
   } else if constexpr (std::is_integral_v<T>) {
     text += ": is " + std::to_string(was);
   } else {
-    text += ": is " + std::string(was);
+    text += ": is ";
+    const auto ends_line = [](char letter) { return static_cast<unsigned char>(letter) < ' '; };
+    for (const char letter : std::string_view(was)) text += ends_line(letter) ? '?' : letter;
   }
   throw Error(text + "; allowed: " + std::string(allowed));
 }

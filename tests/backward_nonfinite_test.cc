@@ -125,5 +125,44 @@ TEST(BackwardNonfinite, ScoresOfMinusInfinity) {
   }
 }
 
+// Block 0 has scores so low that its weights are 0: whatever a NaN or an overflow makes of the row, its keys get zeros.
+TEST(BackwardNonfinite, WeightsOfZeroTakeNoPart) {
+  for (const bool huge : {false, true}) {
+    Case c{.q_heads = 1,
+           .kv_heads = 1,
+           .head_dim = 16,
+           .q_lengths = {1},
+           .k_lengths = {80},
+           .config = {.block_size = 40, .top_k = 2, .scale = 1.0}};
+    Data data(c);
+    Array dout = noise_dout(c);
+    for (std::int64_t x = 0; x < 16; ++x) {
+      data.q.set(0, 0, x, 10.0f);
+      if (huge) dout.set(0, 0, x, 1e20f);
+      for (std::int64_t key = 0; key < 80; ++key) {
+        data.k.set(key, 0, x, key < 40 ? -12.0f : 0.5f);
+        if (huge && key < 40) data.v.set(key, 0, x, 1e20f);
+      }
+    }
+    if (!huge) data.v.set(50, 0, 3, NAN);
+    std::vector<Options> kernels = cpu_kernels(c.dtype);
+    kernels.push_back(reference_options());
+    for (const Options& options : kernels) {
+      SCOPED_TRACE(::testing::Message() << describe(options) << (huge ? ", huge" : ", NaN"));
+      Runner run(c.problem(), options);
+      Chosen chosen(run.plan());
+      Attention results = run.forward(data.inputs(), chosen);
+      const Slopes got = run.backward(data.inputs(), chosen, results, dout);
+      for (std::int64_t key = 0; key < 40; ++key) {
+        EXPECT_EQ(got.dk.get(key, 0, 5), 0.0f) << key;
+        EXPECT_EQ(got.dv.get(key, 0, 5), 0.0f) << key;
+      }
+      if (huge) {
+        EXPECT_TRUE(std::isfinite(got.dq.get(0, 0, 5)));
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace moba::test

@@ -129,7 +129,6 @@ TEST_P(BackwardCases, AnySelectionIsCloseToFloat64) {
   const Array dout = noise_dout(c);
   Options options = cpu_kernels(c.dtype).front();
   Runner run(c.problem(), options);
-  if (run.plan().forward_is_dense()) return;
   for (const bool shared : {false, true}) {
     Chosen chosen(run.plan(), {}, shared);
     choose_anything(c, chosen, c.seed);

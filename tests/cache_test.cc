@@ -341,5 +341,35 @@ TEST(Cache, ReadsOnlyTheChosenBlocks) {
   EXPECT_TRUE(std::isnan(fed.out.get(89, 1, 3)));
 }
 
+// Tokens that are taken back, as speculative decoding does: lengths go down, and others are appended in their place.
+TEST(Cache, TokensCanBeTakenBack) {
+  Case c{.q_heads = 4, .kv_heads = 2, .head_dim = 32, .q_lengths = {150}, .config = {.block_size = 16, .top_k = 3}};
+  c.k_lengths = c.q_lengths;
+  const Data data(c);
+  Data other(c);
+  constexpr std::int64_t kKept = 37;  // within a block, behind ones that are full
+  for (Array* x : {&other.q, &other.k, &other.v}) x->fill(99);
+  const Options options{.threads = 2};
+  const Prefill prefill(c, data, options);
+  for (const CacheForm form : {CacheForm::contiguous, CacheForm::block_table}) {
+    CacheMemory memory(c, {.form = form});
+    feed(c, data, {{kKept}}, {.form = form}, options, &memory);
+    feed(c, other, {{60}, {150 - kKept - 60}}, {.form = form}, options, &memory);
+    memory.advance({kKept - 150});
+    const Fed fed = feed(c, data, {{1}, {150 - kKept - 1}}, {.form = form}, options, &memory);
+    for (std::int64_t token = kKept; token < 150; ++token) {
+      for (std::int64_t head = 0; head < 4; ++head) {
+        for (std::int64_t slot = 0; slot < 3; ++slot) {
+          ASSERT_EQ(fed.ids.as<std::int32_t>(token, head, slot), prefill.chosen.ids.as<std::int32_t>(token, head, slot))
+              << "token " << token;
+        }
+        for (std::int64_t d = 0; d < 32; ++d) {
+          ASSERT_NEAR(fed.out.get(token, head, d), prefill.result.out.get(token, head, d), 1e-5) << "token " << token;
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace moba::test

@@ -2,6 +2,9 @@
 #include "parallel.h"
 
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -49,12 +52,38 @@ TEST(Parallel, CallsAtTheSameTimeDoNotMeet) {
   EXPECT_EQ(bad, 0);
 }
 
+#if defined(__x86_64__)
+// A caller that flushes subnormal numbers to zero does not change what the next one gets.
+TEST(Parallel, CallsHaveTheFloatingPointModeOfTheirCaller) {
+  const auto subnormal_items = [] {
+    std::atomic<int> subnormal = 0;
+    parallel_for(5, 100, [&](std::int64_t, int) {
+      volatile float tiny = 1e-38f;
+      tiny = tiny * 0.1f;
+      if (tiny != 0.0f) ++subnormal;
+    });
+    return subnormal.load();
+  };
+  std::thread([&] {
+    _MM_SET_FLUSH_ZERO_MODE(_MM_FLUSH_ZERO_ON);
+    for (int i = 0; i < 10; ++i) EXPECT_EQ(subnormal_items(), 0);
+  }).join();
+  for (int i = 0; i < 10; ++i) EXPECT_EQ(subnormal_items(), 100);
+}
+#endif
+
 // With an arena of oneTBB's made for each call it was 7 KiB a call.
 TEST(Parallel, CallsLeaveNothingBehind) {
   if (kSanitized) GTEST_SKIP() << "sanitizers keep what is freed";
-  for (int call = 0; call < 100; ++call) EXPECT_TRUE(runs_well());
+  const auto call_with_many_counts = [](int calls) {
+    for (int call = 0; call < calls; ++call) {
+      EXPECT_TRUE(runs_well());
+      parallel_for(64, 1 + call % 64, [](std::int64_t, int) {});
+    }
+  };
+  call_with_many_counts(100);
   const std::int64_t before = resident_bytes();
-  for (int call = 0; call < 4000; ++call) EXPECT_TRUE(runs_well());
+  call_with_many_counts(4000);
   EXPECT_LT(resident_bytes() - before, 4 << 20);
 }
 

@@ -324,5 +324,20 @@ TEST(RefusedPlans, Arithmetic) {
   }
 }
 
+// Whatever the caller gave: a refusal is one line.
+TEST(RefusedPlans, OfTextWithLinesAreOneLine) {
+  Problem problem;
+  problem.total_q = problem.total_k = 1;
+  Options options;
+  options.cpu_target = "a\nb";
+  try {
+    const Plan plan(problem, options);
+    FAIL() << "accepted";
+  } catch (const Error& error) {
+    EXPECT_EQ(std::string(error.what()).find('\n'), std::string::npos) << error.what();
+    EXPECT_NE(std::string(error.what()).find("a?b"), std::string::npos) << error.what();
+  }
+}
+
 }  // namespace
 }  // namespace moba::test

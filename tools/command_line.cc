@@ -144,7 +144,8 @@ void add_backward(CLI::App& app, Parsed& parsed) {
       command
           .add_option("-o,--output", arguments.output,
                       "also write dq [Tq, Hq, d], dk and dv [Tk, Hk, d], out and lse, and dout if it was made up")
-          ->type_name("FILE");
+          ->type_name("FILE")
+          ->check([](const std::string& path) { return path.empty() ? "--output: the file name is empty" : ""; }, "");
   add_block_options(command, arguments.attention);
   add_int(
       command, "--seed", 0, std::numeric_limits<std::int64_t>::max(),
@@ -156,7 +157,7 @@ void add_backward(CLI::App& app, Parsed& parsed) {
   add_attention_options(command, arguments.attention);
   command.footer(std::string(kFileHelp) + R"(
 dout, the gradient of out, is a tensor of the file if it holds one, of q's shape and type; else it is random. Where
-top-k covers every block these are the gradients of full attention.
+top-k covers every block these are the gradients of full attention. There is no backward on a GPU yet.
 
 The error of a row is |x - float64| / |float64|, or against an average row where that is longer. The float64 gradients
 are of the same blocks, out and lse.
@@ -179,7 +180,7 @@ void add_decode(CLI::App& app, Parsed& parsed) {
   add_block_options(command, arguments.attention);
   add_int(
       command, "--prefill", 0, kMost, [&](std::int64_t x) { arguments.prefill = x; },
-      "tokens to feed in one call (default: half of them, or what --tokens leaves)");
+      "tokens to feed in one call (default: half of them, or fewer where --tokens wants more)");
   add_int(
       command, "--tokens", 0, kMost, [&](std::int64_t x) { arguments.tokens = x; },
       "tokens to feed one by one after that (default: all that follow)");
@@ -193,7 +194,7 @@ void add_decode(CLI::App& app, Parsed& parsed) {
 Blocks and out of every token are held against one prefill of all of them: the same blocks, and out within rounding, or
 the exit code is 1. Dense is the same cache with every block chosen. A token's time is that of its append and its
 decode; what it must read are the keys and values of the blocks that were chosen for it, and the centroids of those
-before its own where there are more than top-k.
+before its own where there are more than top-k. There is no cache on a GPU yet.
 
 Examples:
   moba decode data/smollm2-135m-layer15.safetensors --rope-base 100000

@@ -73,8 +73,8 @@ MOBA_EXPORT void forward(const Plan& plan, const Inputs& inputs, const Outputs& 
                          Stream stream = {});
 
 // The same, and keeps the selection it made for backward: all four tensors are written, ids with Hq heads. Where
-// plan.forward_is_dense() there is nothing to choose: the selection is not looked at and may be left empty. Not on
-// cuda.
+// plan.forward_is_dense() there is nothing to choose: the selection may be left empty, or is marked as not written. Not
+// on cuda.
 MOBA_EXPORT void forward(const Plan& plan, const Inputs& inputs, const Selection& selection, const Outputs& outputs,
                          Workspace workspace, Stream stream = {});
 
@@ -86,10 +86,11 @@ MOBA_EXPORT void dense(const Plan& plan, const Inputs& inputs, const Outputs& ou
 // dq, dk and dv of sum(dout * out), from dout [Tq, Hq, d] of the plan's dtype (last stride 1) and from what forward
 // read, chose and wrote. Every element of the gradients is written. The selection is a constant: nothing flows through
 // the gate. Inputs are those of forward: with a rope in the plan the unrotated q and k, which are rotated anew, and dq
-// and dk are those of the unrotated ones. Reads offsets and rows of the selection; where plan.forward_is_dense() it
-// reads none and is dense_backward(). On a plan without rope it also serves a selection of the caller's own and what
-// attend wrote with it. A row with no key gets and gives zeros; a key that no row attends to gets zeros. The workspace
-// is one of plan.backward_workspace_bytes(). Gradients may not overlap anything else. Not on cuda.
+// and dk are those of the unrotated ones. Reads offsets and rows of the selection; where plan.forward_is_dense() and
+// the selection is empty or not written since, it is dense_backward(). On a plan without rope it also serves a
+// selection of the caller's own and what attend wrote with it. A row with no key gets and gives zeros; a key that no
+// row attends to gets zeros. The workspace is one of plan.backward_workspace_bytes(). Gradients may not overlap
+// anything else. Not on cuda.
 MOBA_EXPORT void backward(const Plan& plan, const Inputs& inputs, const Selection& selection,
                           const ConstOutputs& results, const ConstTensor& dout, const Gradients& gradients,
                           Workspace workspace, Stream stream = {});

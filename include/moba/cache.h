@@ -56,7 +56,7 @@ class MOBA_EXPORT CachePlan {
   const Options& options() const;
 
   // Bytes of scratch that append and decode may use. Beyond it they allocate about 100 bytes a sequence and key head,
-  // 16 bytes a block that closes and two bits a page. (The reference backend allocates more: it gathers each sequence.)
+  // 16 bytes a block that closes and a bit a page. (The reference backend allocates more: it gathers each sequence.)
   std::size_t workspace_bytes() const;
   // Closed blocks of the longest sequence: max_length / block_size. As many rows of centroids does a sequence need.
   std::int64_t max_blocks() const;
@@ -79,7 +79,9 @@ class MOBA_EXPORT CachePlan {
 // Paged: k and v are [pages, page_size, Hk, d], any page size; token t of a sequence is row t % page_size of its page
 // t / page_size. Which page that is says either block_table together with lengths, or indptr, indices and
 // last_page_len. Sequences may share pages (of a common prefix, whose centroids the caller then copies from row to
-// row), but append refuses to write to a page that stands in the tables twice. A call reads the tables through once.
+// row), but append refuses to write to a page that stands in the tables twice. A call reads the
+// tables through, append the written part once more. Lengths may go down again: the tokens behind them are forgotten,
+// and the next append writes their places and the centroids of the blocks that it fills.
 //
 // k, v and centroids are of the plan's dtype, with any strides but for the last, which is 1: heads may come before
 // tokens, and k and v of a page may lie beside each other. Heads first reads fastest: then the keys of a head and a

@@ -214,7 +214,8 @@ class BackwardChunk {
     AddProduct<false>({s_.ds, kScoreStride, s_.key_rows, stride_, most}, n, columns_, dq.data());
   }
 
-  // p = S, ds = dP of row `at` of the chunk become P and dS; both are 0 from `seen` up to `most` keys.
+  // p = S, ds = dP of row `at` of the chunk become P and dS; both are 0 from `seen` up to `most` keys, and dS where P
+  // is, whatever dP and delta are.
   void weights(float* HWY_RESTRICT p, float* HWY_RESTRICT ds, std::int64_t at, std::int64_t seen,
                std::int64_t most) const {
     const F32 df;
@@ -223,8 +224,9 @@ class BackwardChunk {
       const auto inside = hn::FirstN(df, static_cast<std::size_t>(std::max<std::int64_t>(0, seen - j)));
       const VF weight = Exp2(hn::MulSub(scale, hn::LoadU(df, p + j), lse));
       const VF slope = hn::Mul(weight, hn::Sub(hn::LoadU(df, ds + j), delta));
+      const VF taking_part = hn::IfThenZeroElse(hn::Eq(weight, hn::Zero(df)), slope);  // NaN is not 0
       hn::StoreU(hn::IfThenElseZero(inside, weight), df, p + j);
-      hn::StoreU(hn::IfThenElseZero(inside, slope), df, ds + j);
+      hn::StoreU(hn::IfThenElseZero(inside, taking_part), df, ds + j);
     }
   }
 

@@ -111,8 +111,9 @@ TEST_F(CudaAttend, ManySequences) { expect_all({many_sequences()}); }
 
 TEST_F(CudaAttend, RandomProblems) {
   std::vector<Case> cases;
-  for (int i = 0; i < random_cases(150); ++i)
-    cases.push_back(random_case(run_seed() * 1000 + static_cast<std::uint64_t>(i)));
+  const auto count = static_cast<std::uint64_t>(random_cases(150));
+  cases.reserve(count);
+  for (std::uint64_t i = 0; i < count; ++i) cases.push_back(random_case(run_seed() * 1000 + i));
   expect_all(cases);
 }
 

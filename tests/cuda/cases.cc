@@ -188,7 +188,7 @@ Case random_case(std::uint64_t seed) {
   };
   const auto layout = [&] {
     Layout l{
-        .gap = 8 * one_of(std::array{0, 0, 0, 1, 5}), .swapped = random.one_in(3), .offset = 8 * random.integer(0, 7)};
+        .gap = one_of(std::array{0, 0, 0, 8, 40}), .swapped = random.one_in(3), .offset = 8 * random.integer(0, 7)};
     l.tight = random.one_in(3);
     return l;
   };
@@ -197,7 +197,7 @@ Case random_case(std::uint64_t seed) {
   c.head_dim = one_of(std::array{32, 64, 64, 64, 96, 128, 128, 128, 192, 256});
   c.kv_heads = random.integer(1, 3);
   c.q_heads = c.kv_heads * one_of(std::array{1, 1, 2, 3, 4, 5, 8});
-  c.config.block_size = 16 * one_of(std::array{1, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 16, 20, 32, 64});
+  c.config.block_size = std::int64_t{16} * one_of(std::array{1, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 16, 20, 32, 64});
   c.config.top_k = random.one_in(4) ? random.integer(1, 64) : random.integer(1, 8);
   c.config.causal = !random.one_in(3);
   if (random.one_in(6)) c.config.scale = one_of(std::array{0.0, 0.01, 0.5});

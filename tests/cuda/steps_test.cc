@@ -256,7 +256,8 @@ TEST_F(CudaMerge, SmallFollowsTheSpec) {
         std::vector<Attention> partials;
         for (int i = 0; i < count; ++i) {
           Attention& partial = partials.emplace_back(
-              c.problem(), Layout{.gap = 8 * (i % 3), .swapped = i % 2 == 1, .offset = 8 * (i % 4)});
+              c.problem(),
+              Layout{.gap = std::int64_t{8} * (i % 3), .swapped = i % 2 == 1, .offset = std::int64_t{8} * (i % 4)});
           partial.out.fill(run_seed() + static_cast<std::uint64_t>(i), 1.0f, 0.25f);
           partial.lse.fill(run_seed() + static_cast<std::uint64_t>(i) + 100, i == 3 ? 50.0f : 5.0f);
           for (std::int64_t token = i; token < 37; token += 3) {  // saw no key; what it wrote means nothing
