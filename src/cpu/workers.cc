@@ -21,9 +21,9 @@ std::int64_t rows_of_task(const Plan::Impl& plan, std::int64_t share) {
   return std::max<std::int64_t>(std::min({wanted, share, bytes_limit}), 512);
 }
 
-// 16 tasks, whatever the number of threads.
+// 64 tasks, whatever the number of threads.
 std::int64_t backward_rows(const Plan::Impl& plan) {
-  return rows_of_task(plan, ceil_div(plan.problem.total_q * plan.problem.q_heads, 16));
+  return rows_of_task(plan, ceil_div(plan.problem.total_q * plan.problem.q_heads, 64));
 }
 
 // Scratch of backward and dense_backward.
