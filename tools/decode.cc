@@ -165,6 +165,10 @@ void print_check(const PrefillCheck& check) {
   std::printf("\nagainst one prefill of the same tokens\nsame blocks in %s of %s rows\n",
               std::to_string(check.same_ids).c_str(), std::to_string(check.rows).c_str());
   std::printf("out: largest error of a row %.2e, allowed %.2e\n", check.error, check.allowed);
+  if (check.not_finite > 0) {
+    std::printf("left out: what is NaN or infinite on both sides, in %s rows\n",
+                std::to_string(check.not_finite).c_str());
+  }
 }
 
 }  // namespace

@@ -67,6 +67,7 @@ RowErrors row_errors(const ConstTensor& x, const ConstTensor& reference, double 
 
 std::string columns(const RowErrors& errors) {
   std::string text = format("%12.2e %12.2e", errors.max, errors.median);
+  if (std::isinf(errors.max)) text += "   rounding where float64 has 0";
   if (errors.not_finite > 0) text += "   and " + std::to_string(errors.not_finite) + " rows not finite";
   return text;
 }

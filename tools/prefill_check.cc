@@ -12,16 +12,21 @@
 namespace moba::cli {
 namespace {
 
-// Elements that are not finite on both sides are alike.
-double row_error(const ConstTensor& x, const ConstTensor& expected, std::int64_t row) {
+// Elements that are not finite on both sides are alike; such a row counts.
+double row_error(const ConstTensor& x, const ConstTensor& expected, std::int64_t row, std::int64_t& not_finite) {
   const std::int64_t d = x.shape[2];
+  bool finite = true;
   double difference = 0, size = 0;
   for (std::int64_t i = row * d; i < (row + 1) * d; ++i) {
     const double is = double{load_float(x.data, x.dtype, i)}, wanted = double{load_float(expected.data, x.dtype, i)};
-    if (!std::isfinite(is) && !std::isfinite(wanted)) continue;
+    if (!std::isfinite(is) && !std::isfinite(wanted)) {
+      finite = false;
+      continue;
+    }
     difference += (is - wanted) * (is - wanted);
     size += wanted * wanted;
   }
+  not_finite += finite ? 0 : 1;
   if (difference == 0) return 0;
   return std::isfinite(difference) ? std::sqrt(difference / size) : std::numeric_limits<double>::infinity();
 }
@@ -53,7 +58,7 @@ PrefillCheck check_against_prefill(const Plan& plan, const StagedForward& forwar
   check.rows = replayed.out.shape[0] * replayed.out.shape[1];
   check.same_ids = equal_rows(replayed.ids, forward.selection().ids);
   for (std::int64_t row = 0; row < check.rows; ++row) {
-    check.error = std::max(check.error, row_error(replayed.out, forward.outputs().out, row));
+    check.error = std::max(check.error, row_error(replayed.out, forward.outputs().out, row, check.not_finite));
   }
   check.allowed = allowed_error(plan, forward.rotated());
   return check;

@@ -16,6 +16,7 @@ struct PrefillCheck {
   double error = 0;           // the largest |out - prefill| / |prefill| (Euclidean) of a row; infinite where one is not
                               // finite
   double allowed = 0;         // what rounding may come to
+  std::int64_t not_finite = 0;  // rows with elements that are not finite in both, which are left out
 
   bool passed() const { return same_ids == rows && error <= allowed; }
 };

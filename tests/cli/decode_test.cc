@@ -233,6 +233,7 @@ TEST_F(PrefillComparison, PassesWhatIsTheSame) {
     out[9] = static_cast<float*>(forward.outputs().out.data)[9] = kNan;
   };
   EXPECT_TRUE(check(both_nan).passed());
+  EXPECT_EQ(check(both_nan).not_finite, 1);
 }
 
 TEST_F(PrefillComparison, FindsWhatIsOff) {
