@@ -62,13 +62,13 @@ void check_output(const std::string& path, const std::string& input) {
   const fs::path target = resolve(path), folder = folder_of(target);
   std::error_code fault;
   if (!fs::is_directory(folder, fault)) throw Error(path + ": the folder " + folder.string() + " does not exist");
-  if (access(folder.c_str(), W_OK | X_OK) != 0) {
-    throw Error(path + ": cannot write in the folder " + folder.string() + ": " + std::strerror(errno));
-  }
   const fs::file_status status = fs::status(target, fault);
   if (status.type() == fs::file_type::none) throw Error(path + ": " + fault.message());
   if (fs::exists(status) && !fs::is_regular_file(status)) throw Error(path + ": is there and is not a regular file");
   if (!target.has_filename()) throw Error(path + ": names a folder; a file is wanted");
+  if (access(folder.c_str(), W_OK | X_OK) != 0) {
+    throw Error(path + ": cannot write in the folder " + folder.string() + ": " + std::strerror(errno));
+  }
   if (!input.empty() && fs::equivalent(target, input, fault)) {
     throw Error(path + ": is the input file; the output must be another");
   }
