@@ -219,13 +219,6 @@ struct ScratchLayout {
   }
 };
 
-std::size_t most_shared_memory() {
-  int device = 0, most = 0;
-  MOBA_CUDA(cudaGetDevice(&device));
-  MOBA_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return static_cast<std::size_t>(most);
-}
-
 // With windows of at most kThreads blocks, as large as the device has the shared memory for.
 template <int kIds, int kThreads, bool kStaged>
 void launch_place_rows(const Sizes& sizes, int heads, const Batch& batch, const IdsView<const std::int32_t>& ids,
@@ -235,7 +228,8 @@ void launch_place_rows(const Sizes& sizes, int heads, const Batch& batch, const 
   int window = std::clamp((sizes.max_blocks + 31) / 32 * 32, 32, kThreads);
   const auto bytes = [&] { return PlaceMemory::bytes(window, staged, sizes.segments); };
   if (bytes() + kReserve > 48 * 1024) {
-    for (const std::size_t most = most_shared_memory(); bytes() + kReserve > most;) window = window / 64 * 32;
+    for (const auto most = static_cast<std::size_t>(most_shared_memory()); bytes() + kReserve > most;)
+      window = window / 64 * 32;
   }
   launch(place_rows<kIds, kThreads, kStaged>, dim3(sizes.tiles, heads), kThreads, bytes(), stream, sizes, window, batch,
          ids, index, scratch);

@@ -32,17 +32,22 @@ struct Grid {
   Grid(dim3 grid, std::source_location where = std::source_location::current()) : size(grid), at(where) {}
 };
 
+// Bytes that a CTA of the current device can have, its kernel's own included.
+inline int most_shared_memory() {
+  int device = 0, most = 0;
+  MOBA_CUDA(cudaGetDevice(&device));
+  MOBA_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return most;
+}
+
 // Lets a kernel have all the shared memory there is. Never less: the limit is the device's, and two threads may be
 // about to launch the kernel with different needs.
 template <class Kernel>
 void allow_shared_memory(Kernel kernel) {
-  int device = 0, most = 0;
   cudaFuncAttributes attributes;
-  MOBA_CUDA(cudaGetDevice(&device));
-  MOBA_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   MOBA_CUDA(cudaFuncGetAttributes(&attributes, kernel));
   MOBA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 most - static_cast<int>(attributes.sharedSizeBytes)));
+                                 most_shared_memory() - static_cast<int>(attributes.sharedSizeBytes)));
 }
 
 // Launches kernel<<<grid, threads, shared_bytes, stream>>>(arguments...). What fails is told by what the launch itself

@@ -20,14 +20,7 @@ class CliBackward : public testing::Test {
   // Runs the command on `input`, with blocks that are chosen among unless `options` say something else.
   Finished backward(const std::vector<std::string>& options = {}) {
     input_.write(in_);
-    std::vector<std::string> arguments{"backward", in_, "--repeat", "1"};
-    for (const auto& [name, value] : {std::pair{"--block-size", "8"}, std::pair{"--top-k", "3"}}) {
-      if (std::find(options.begin(), options.end(), name) == options.end()) {
-        arguments.insert(arguments.end(), {name, value});
-      }
-    }
-    arguments.insert(arguments.end(), options.begin(), options.end());
-    return run_moba(arguments);
+    return run_choosing({"backward", in_, "--repeat", "1"}, options);
   }
   // The bytes of the tensors that it writes.
   std::string written(const std::vector<std::string>& options) {

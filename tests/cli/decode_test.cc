@@ -20,14 +20,7 @@ namespace {
 class CliDecode : public testing::Test {
  protected:
   Finished decode(const std::vector<std::string>& options = {}) {
-    std::vector<std::string> arguments{"decode", in_, "--repeat", "1"};
-    for (const auto& [name, value] : {std::pair{"--block-size", "8"}, std::pair{"--top-k", "3"}}) {
-      if (std::find(options.begin(), options.end(), name) == options.end()) {
-        arguments.insert(arguments.end(), {name, value});
-      }
-    }
-    arguments.insert(arguments.end(), options.begin(), options.end());
-    return run_moba(arguments);
+    return run_choosing({"decode", in_, "--repeat", "1"}, options);
   }
   // It finds decode and prefill alike, in so many rows, and says so many tokens were fed in one call and one by one.
   Finished expect_same(const std::vector<std::string>& options, int prefill, int tokens) {

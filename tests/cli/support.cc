@@ -11,6 +11,7 @@
 #include <fstream>
 #include <limits>
 #include <sstream>
+#include <utility>
 
 #include "moba/error.h"
 #include "numeric.h"
@@ -84,6 +85,16 @@ Finished run_moba(const std::vector<std::string>& arguments, const std::string& 
   run.out = read_bytes(folder.file("out"));
   run.err = read_bytes(folder.file("err"));
   return run;
+}
+
+Finished run_choosing(std::vector<std::string> arguments, const std::vector<std::string>& options) {
+  for (const auto& [name, value] : {std::pair{"--block-size", "8"}, std::pair{"--top-k", "3"}}) {
+    if (std::find(options.begin(), options.end(), name) == options.end()) {
+      arguments.insert(arguments.end(), {name, value});
+    }
+  }
+  arguments.insert(arguments.end(), options.begin(), options.end());
+  return run_moba(arguments);
 }
 
 void expect_refusal(const std::vector<std::string>& arguments, int code, const std::string& part,

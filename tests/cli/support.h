@@ -44,6 +44,9 @@ struct Finished {
 // Runs the program with these arguments, in this process's folder. `limits` are shell commands that come first.
 Finished run_moba(const std::vector<std::string>& arguments, const std::string& limits = "");
 
+// The same of `arguments` and `options`, with small blocks that are chosen among unless the options say something else.
+Finished run_choosing(std::vector<std::string> arguments, const std::vector<std::string>& options);
+
 constexpr int kRefused = 1, kWrongCommandLine = 2;
 
 // The program refuses these arguments: this exit code, and one line on standard error that holds `part`.

@@ -217,7 +217,28 @@ struct Resident {
   }
 };
 
-// A captured call is played with other inputs, and other lengths, in the same places.
+// What a resident runs, captured.
+class Graph {
+ public:
+  Graph(const Resident& resident, bool stages, cudaStream_t stream) {
+    MOBA_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    resident.run(stages, stream);
+    MOBA_CUDA(cudaStreamEndCapture(stream, &graph_));
+    MOBA_CUDA(cudaGraphInstantiate(&executable_, graph_, 0));
+  }
+  ~Graph() {
+    cudaGraphExecDestroy(executable_);
+    cudaGraphDestroy(graph_);
+  }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  void launch(cudaStream_t stream) const { MOBA_CUDA(cudaGraphLaunch(executable_, stream)); }
+
+ private:
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t executable_ = nullptr;
+};
+
 // Nothing is loaded or allocated that a capture forbids. Means the most in a process of its own.
 TEST_F(CudaDeterminism, GraphsOfFirstCalls) {
   const Case c = cases().front();
@@ -226,22 +247,16 @@ TEST_F(CudaDeterminism, GraphsOfFirstCalls) {
   for (const std::string& family : families(c.problem())) {
     Resident resident(c, data, family);
     resident.upload(data, stream);
-    cudaGraph_t graph = nullptr;
-    cudaGraphExec_t executable = nullptr;
-    MOBA_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-    resident.run(false, stream);
-    MOBA_CUDA(cudaStreamEndCapture(stream, &graph));
-    MOBA_CUDA(cudaGraphInstantiate(&executable, graph, 0));
-    MOBA_CUDA(cudaGraphLaunch(executable, stream));
+    const Graph graph(resident, false, stream);
+    graph.launch(stream);
     const auto replayed = resident.results(stream);
     resident.upload(data, stream);
     resident.run(false, stream);
     EXPECT_TRUE(replayed == resident.results(stream)) << family;
-    MOBA_CUDA(cudaGraphExecDestroy(executable));
-    MOBA_CUDA(cudaGraphDestroy(graph));
   }
 }
 
+// A captured call is played with other inputs, and other lengths, in the same places.
 TEST_F(CudaDeterminism, GraphsGiveWhatCallsGive) {
   for (const Case& c : cases()) {
     const Data first(c);
@@ -261,19 +276,12 @@ TEST_F(CudaDeterminism, GraphsGiveWhatCallsGive) {
           direct.push_back(resident.results(stream));
         }
         EXPECT_FALSE(direct[0] == direct[1]);
-        cudaGraph_t graph = nullptr;
-        cudaGraphExec_t executable = nullptr;
-        MOBA_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-        resident.run(stages, stream);
-        MOBA_CUDA(cudaStreamEndCapture(stream, &graph));
-        MOBA_CUDA(cudaGraphInstantiate(&executable, graph, 0));
+        const Graph graph(resident, stages, stream);
         for (int i = 0; i < 6; ++i) {
           resident.upload(i % 2 == 0 ? first : second, stream);
-          MOBA_CUDA(cudaGraphLaunch(executable, stream));
+          graph.launch(stream);
           EXPECT_TRUE(resident.results(stream) == direct[i % 2]) << "replay " << i;
         }
-        MOBA_CUDA(cudaGraphExecDestroy(executable));
-        MOBA_CUDA(cudaGraphDestroy(graph));
       }
     }
   }
