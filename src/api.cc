@@ -141,8 +141,7 @@ Call checked_attention(const Plan& plan, const Inputs& inputs, const Selection* 
   check_outputs(plan.impl(), outputs);
   std::vector<Region> written{{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
   if (kept != nullptr) {
-    check_selection_rows(plan.impl(), *kept, true);
-    check_selection_transpose(plan.impl(), *kept);
+    check_kept_selection(plan.impl(), *kept);
     for (const Region& region : selection_regions(*kept)) written.push_back(region);
   }
   check_no_overlap(written, regions(inputs, kQ | kK | kV));
@@ -154,8 +153,12 @@ Call checked_attention(const Plan& plan, const Inputs& inputs, const Selection* 
 void forward_into(const Plan& plan, const Inputs& inputs, const Selection* kept, const Outputs& outputs,
                   Workspace workspace, Stream stream) {
   const bool is_dense = plan.forward_is_dense();
-  const Call call = checked_attention(plan, inputs, is_dense ? nullptr : kept, outputs, workspace, stream);
-  if (is_dense && kept != nullptr && kept->offsets.given()) {  // there is none, and backward is to know
+  const bool chooses_all = is_dense && kept != nullptr && kept->ids.given() && plan.impl().device == Device::cuda;
+  const Call call =
+      checked_attention(plan, inputs, is_dense && !chooses_all ? nullptr : kept, outputs, workspace, stream);
+  if (chooses_all) {
+    plan.impl().steps->choose_all(call, tidy(*kept));
+  } else if (is_dense && kept != nullptr && kept->offsets.given()) {  // there is none, and backward is to know
     check_selection_transpose(plan.impl(), *kept);
     check_no_overlap(std::array{Region("selection.offsets", kept->offsets)}, regions(inputs, kQ | kK | kV));
     mark_stale(*kept);
@@ -175,13 +178,16 @@ void forward_into(const Plan& plan, const Inputs& inputs, const Selection* kept,
 // What the backward functions check. `selection` is null where all keys are attended to.
 Call checked_backward(const Plan& plan, const Inputs& inputs, const Selection* selection, const ConstOutputs& results,
                       const ConstTensor& dout, const Gradients& gradients, Workspace workspace, Stream stream) {
-  check_has_backward(plan.impl());
   Call call = make_call(plan, inputs, kQ | kK | kV, workspace, stream, backward_needs(plan));
   check_results(plan.impl(), results, dout);
   check_gradients(plan.impl(), gradients);
   std::vector<Region> read = regions(inputs, kQ | kK | kV);
   read.insert(read.end(), {{"results.out", results.out}, {"results.lse", results.lse}, {"dout", dout}});
-  if (selection != nullptr) {
+  const bool on_host = call.plan.device == Device::cpu;  // and there the transpose is read, elsewhere the ids
+  if (selection != nullptr && !on_host) {
+    check_selection_ids(plan.impl(), *selection, false);
+    read.emplace_back("selection.ids", selection->ids);
+  } else if (selection != nullptr) {
     check_selection_transpose(plan.impl(), *selection);
     read.insert(read.end(), {{"selection.offsets", selection->offsets}, {"selection.rows", selection->rows}});
   }
@@ -191,13 +197,14 @@ Call checked_backward(const Plan& plan, const Inputs& inputs, const Selection* s
                             {"workspace", workspace}};
   check_no_overlap(written, read);
   check_positions(call);
-  if (selection != nullptr) check_transpose(call, *selection);
+  if (selection != nullptr && on_host) check_transpose(call, *selection);
   return call;
 }
 
 // Where forward was dense there is none, unless the caller made one, for attend.
 bool reads_selection(const Plan& plan, const Selection& selection) {
   if (!plan.forward_is_dense()) return true;
+  if (plan.impl().device == Device::cuda) return selection.ids.given();
   if (!selection.offsets.given()) return false;
   check_selection_transpose(plan.impl(), selection);
   return !is_stale(selection);
@@ -224,7 +231,6 @@ void forward(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Wor
 
 void forward(const Plan& plan, const Inputs& inputs, const Selection& selection, const Outputs& outputs,
              Workspace workspace, Stream stream) {
-  check_has_backward(plan.impl());
   forward_into(plan, inputs, &selection, outputs, workspace, stream);
 }
 
@@ -236,7 +242,6 @@ void dense(const Plan& plan, const Inputs& inputs, const Outputs& outputs, Works
 
 void backward(const Plan& plan, const Inputs& inputs, const Selection& selection, const ConstOutputs& results,
               const ConstTensor& dout, const Gradients& gradients, Workspace workspace, Stream stream) {
-  check_has_backward(plan.impl());
   backward_over(plan, inputs, reads_selection(plan, selection) ? &selection : nullptr, results, dout, gradients,
                 workspace, stream);
 }

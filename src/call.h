@@ -42,7 +42,7 @@ struct Call {
 struct Intermediates {
   Tensor q_rotated, k_rotated;  // as q and k; only with a rope
   Tensor centroids;             // [max_blocks, Hk, d]
-  Selection selection;          // not for device backends, which choose and attend slab by slab
+  Selection selection;          // on a device only one to keep: it chooses and attends slab by slab
 };
 
 // What a backward step reads of the forward one and of what follows it.
@@ -73,9 +73,10 @@ inline std::int64_t visible_keys(std::int64_t position, std::int64_t start, std:
 
 // The steps; every backend has the same ones with the same names, in a namespace of its own. Stage by stage they are
 // what moba/attention.h says of the functions of the same name; forward is all of them, after the choice of full
-// attention (Plan::Impl::forward_is_dense). backward and dense_backward take the q and k that were attended to, so
-// rotated ones where the plan has a rope, and there they turn dq and dk back: those are the gradients of the unrotated
-// q and k. They are null where a backend has none.
+// attention (Plan::Impl::forward_is_dense). choose_all is what a selection keeps of a forward that was dense: every
+// block that a row sees; null on the host, where it is marked as not written. backward and dense_backward take the q
+// and k that were attended to, so rotated ones where the plan has a rope, and there they turn dq and dk back: those are
+// the gradients of the unrotated q and k.
 struct Steps {
   void (*rope)(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated);
   void (*pool)(const Call& call, const Tensor& centroids);
@@ -85,6 +86,7 @@ struct Steps {
   void (*dense)(const Call& call, const Outputs& outputs);
   void (*merge)(const Call& call, std::span<const Outputs> partials, const Outputs& outputs);
   void (*forward)(const Call& call, const Intermediates& memory, const Outputs& outputs);
+  void (*choose_all)(const Call& call, const Selection& selection);
   void (*backward)(const Call& call, const Selection& selection, const Cotangents& given, const Gradients& gradients);
   void (*dense_backward)(const Call& call, const Cotangents& given, const Gradients& gradients);
 };

@@ -196,12 +196,6 @@ void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t ne
   if (plan.device == Device::cuda) check_device_memory("workspace", workspace.data(), plan.options.cuda_device);
 }
 
-void check_has_backward(const Plan::Impl& plan) {
-  if (plan.steps->backward != nullptr) return;
-  refuse("plan.options.backend", name(plan.options.backend),
-         "cpu, reference: the others have no backward, nor a forward that keeps its selection");
-}
-
 void check_outputs(const Plan::Impl& plan, const Outputs& outputs) {
   const Problem& p = plan.problem;
   check_tensor(plan, outputs.out, {"out", p.dtype, {p.total_q, p.q_heads, p.head_dim}, true});
@@ -241,9 +235,27 @@ void check_selection_rows(const Plan::Impl& plan, const Selection& selection, bo
   check_tensor(plan, selection.counts, {"selection.counts", DType::i32, {p.total_q, heads}, true, false});
 }
 
+void check_kept_selection(const Plan::Impl& plan, const Selection& selection) {
+  if (plan.device == Device::cpu) {
+    check_selection_rows(plan, selection, true);
+    return check_selection_transpose(plan, selection);
+  }
+  const Problem& p = plan.problem;
+  check_selection_ids(plan, selection, true);
+  if (selection.counts.given()) {
+    check_tensor(plan, selection.counts, {"selection.counts", DType::i32, {p.total_q, p.q_heads}, true, false});
+  }
+  if (selection.offsets.given()) check_selection_offsets(plan, selection);
+}
+
+void check_selection_offsets(const Plan::Impl& plan, const Selection& selection) {
+  const std::int64_t lists = plan.problem.kv_heads * plan.max_blocks;
+  check_tensor(plan, selection.offsets, {"selection.offsets", DType::i64, {lists + 1}, true});
+}
+
 void check_selection_transpose(const Plan::Impl& plan, const Selection& selection) {
   const Problem& p = plan.problem;
-  check_tensor(plan, selection.offsets, {"selection.offsets", DType::i64, {p.kv_heads * plan.max_blocks + 1}, true});
+  check_selection_offsets(plan, selection);
   check_tensor(plan, selection.rows, {"selection.rows", DType::i32, {p.total_q * p.q_heads * plan.slots}, true});
 }
 

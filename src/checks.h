@@ -68,18 +68,18 @@ void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t ne
 // index() and select() on cuda, whose memory grows with tokens * blocks: only where the plan's limit has room for it.
 void check_index_fits(const Plan::Impl& plan);
 
-// Functions that the cuda backend does not have yet.
-void check_has_backward(const Plan::Impl& plan);
-
 // Results against the shapes of the plan: written, or read again by backward; and what else it reads and writes.
 void check_outputs(const Plan::Impl& plan, const Outputs& outputs);
 void check_results(const Plan::Impl& plan, const ConstOutputs& results, const ConstTensor& dout);
 void check_gradients(const Plan::Impl& plan, const Gradients& gradients);
 void check_centroids(const Plan::Impl& plan, const ConstTensor& centroids, bool output);
 
-// A selection against the shapes of the plan: ids (returns their heads), ids and counts, or the transpose.
+// A selection against the shapes of the plan: ids (returns their heads), ids and counts, offsets, the transpose, or
+// what forward is to keep: everything on the cpu, ids and what else is given on cuda.
 std::int64_t check_selection_ids(const Plan::Impl& plan, const Selection& selection, bool per_query_head);
 void check_selection_rows(const Plan::Impl& plan, const Selection& selection, bool per_query_head);
+void check_selection_offsets(const Plan::Impl& plan, const Selection& selection);
+void check_kept_selection(const Plan::Impl& plan, const Selection& selection);
 void check_selection_transpose(const Plan::Impl& plan, const Selection& selection);
 // The content of ids, given by the caller: ascending block ids of the row's sequence, then -1.
 void check_ids(const Call& call, const Selection& selection);

@@ -124,7 +124,6 @@ std::size_t Plan::workspace_bytes() const {
 }
 
 std::size_t Plan::backward_workspace_bytes() const {
-  if (impl_->steps->backward == nullptr) return 0;
   return kAlignment + aligned(impl_->backward_scratch_bytes) + impl_->q_rotated_bytes + impl_->k_rotated_bytes;
 }
 

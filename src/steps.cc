@@ -26,13 +26,10 @@ void forward_by_steps(const Call& given, const Intermediates& memory, const Outp
 
 }  // namespace
 
-const Steps reference::kSteps = {
-    reference::rope,  reference::pool,  reference::gate,  reference::index,    reference::attend,
-    reference::dense, reference::merge, forward_by_steps, reference::backward, reference::dense_backward,
-};
-const Steps cpu::kSteps = {
-    cpu::rope,  cpu::pool,  cpu::gate,        cpu::index,    cpu::attend,
-    cpu::dense, cpu::merge, forward_by_steps, cpu::backward, cpu::dense_backward,
-};
+const Steps reference::kSteps = {reference::rope,   reference::pool,     reference::gate,          reference::index,
+                                 reference::attend, reference::dense,    reference::merge,         forward_by_steps,
+                                 nullptr,           reference::backward, reference::dense_backward};
+const Steps cpu::kSteps = {cpu::rope,  cpu::pool,        cpu::gate, cpu::index,    cpu::attend,        cpu::dense,
+                           cpu::merge, forward_by_steps, nullptr,   cpu::backward, cpu::dense_backward};
 
 }  // namespace moba

@@ -147,16 +147,21 @@ double most(const Array& x) {
                                       double bound, double least) {
   const std::vector<double> is = got.numbers();
   const std::int64_t d = got.dim(2), rows = got.dim(0) * got.dim(1);
-  const double average =
-      norm(expected.data(), rows * d) / std::sqrt(static_cast<double>(std::max<std::int64_t>(rows, 1)));
+  const double root = std::sqrt(static_cast<double>(std::max<std::int64_t>(rows, 1)));
+  const double whole = norm(expected.data(), rows * d), average = whole / root;
+  double whole_error = 0;
   for (std::int64_t row = 0; row < rows; ++row) {
     std::vector<double> error(is.begin() + row * d, is.begin() + (row + 1) * d);
     for (std::int64_t c = 0; c < d; ++c) error[c] -= expected[row * d + c];
     const double allowed = std::max(bound * std::max(norm(&expected[row * d], d), average), least);
+    whole_error = std::hypot(whole_error, norm(error.data(), d));
     if (norm(error.data(), d) <= allowed) continue;
     return ::testing::AssertionFailure() << name << ", token " << row / got.dim(1) << ", head " << row % got.dim(1)
                                          << ": error " << norm(error.data(), d) << ", allowed " << allowed << ", norm "
                                          << norm(&expected[row * d], d) << ", average " << average;
+  }
+  if (whole_error > std::max(bound * whole, least * root)) {
+    return ::testing::AssertionFailure() << name << ": error " << whole_error << " of all, norm " << whole;
   }
   return ::testing::AssertionSuccess();
 }

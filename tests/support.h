@@ -215,8 +215,9 @@ Array noise_dout(const Case& c);
 // `chosen` null: dense. On a plan with a rope the inputs are rotated, as the steps take them.
 reference::GradientRows backward_f64(Runner& run, const Inputs& inputs, Chosen* chosen, const Array& dout,
                                      const Attention* results = nullptr);
-// Every row of every gradient against float64: the error at most `bound` times the norm of the row, or of an average
-// row of the tensor where that is greater; or what rounding leaves of terms that cancel, where that is greater still.
+// Every gradient against float64: the error of a row at most `bound` times the norm of the row, or of an average row of
+// the tensor where that is greater; that of the tensor at most `bound` times its norm; or what rounding leaves of terms
+// that cancel, where that is greater still.
 // `extra` is what the weights may be off by where scores are large.
 double gradient_bound(DType dtype);
 ::testing::AssertionResult close(const Slopes& got, const reference::GradientRows& expected, const Data& data,

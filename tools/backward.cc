@@ -39,21 +39,23 @@ struct UpstreamGradient {
   std::optional<std::uint64_t> seed;  // where it was made up
 };
 
-// A forward pass that keeps its selection, and backward after it, with all they write.
+// A forward pass that keeps its selection, and backward after it, with all they write. The plan and what they read,
+// which lies where the plan computes, must outlive it.
 class Training {
  public:
   Training(const Plan& plan, const Inputs& inputs, const ConstTensor& dout)
       : plan_(plan),
         inputs_(inputs),
         dout_(dout),
-        workspace_(std::max(plan.workspace_bytes(), plan.backward_workspace_bytes())),
-        selection_memory_(plan.forward_is_dense() ? 0 : plan.selection_bytes()),
+        workspace_(Place(plan), std::max(plan.workspace_bytes(), plan.backward_workspace_bytes()), "the workspace"),
+        selection_memory_(Place(plan), plan.forward_is_dense() ? 0 : plan.selection_bytes(), "the selection"),
         results_(plan) {
     const Problem& p = plan.problem();
+    const Place place(plan);
     if (!plan.forward_is_dense()) selection_ = make_selection(plan, selection_memory_.span());
-    gradients_.dq = allocate(dq_, {}, p.dtype, {p.total_q, p.q_heads, p.head_dim}, "dq");
-    gradients_.dk = allocate(dk_, {}, p.dtype, {p.total_k, p.kv_heads, p.head_dim}, "dk");
-    gradients_.dv = allocate(dv_, {}, p.dtype, {p.total_k, p.kv_heads, p.head_dim}, "dv");
+    gradients_.dq = allocate(dq_, place, p.dtype, {p.total_q, p.q_heads, p.head_dim}, "dq");
+    gradients_.dk = allocate(dk_, place, p.dtype, {p.total_k, p.kv_heads, p.head_dim}, "dk");
+    gradients_.dv = allocate(dv_, place, p.dtype, {p.total_k, p.kv_heads, p.head_dim}, "dv");
   }
 
   std::vector<StageTime> run(Progress& progress) {
@@ -74,11 +76,27 @@ class Training {
   const Plan& plan_;
   const Inputs& inputs_;
   const ConstTensor dout_;
-  const Buffer workspace_, selection_memory_;
+  const PlacedMemory workspace_, selection_memory_;
   Selection selection_;  // empty where every block is chosen
   Results results_;
   PlacedMemory dq_, dk_, dv_;
   Gradients gradients_;
+};
+
+// What they wrote, where the host can read it, as long as they are there.
+struct Computed {
+  explicit Computed(const Training& training)
+      : ids(training.selection().ids),
+        out(training.results().out),
+        lse(training.results().lse),
+        dq(training.gradients().dq),
+        dk(training.gradients().dk),
+        dv(training.gradients().dv) {}
+
+  Outputs results() const { return {out.tensor(), lse.tensor()}; }
+  Gradients gradients() const { return {dq.tensor(), dk.tensor(), dv.tensor()}; }
+
+  OnHost ids, out, lse, dq, dk, dv;
 };
 
 bool to_be_checked(const BackwardArguments& arguments, double flop) {
@@ -86,12 +104,14 @@ bool to_be_checked(const BackwardArguments& arguments, double flop) {
   return !arguments.quiet && flop <= kCheckedFlop;
 }
 
-void write_output(const BackwardArguments& arguments, const Plan& plan, const Training& training,
+void write_output(const BackwardArguments& arguments, const Plan& plan, const Computed& computed,
                   const UpstreamGradient& dout) {
   if (arguments.output.empty()) return;
-  const auto& [dq, dk, dv] = training.gradients();
-  std::vector<NamedTensor> tensors{
-      {"dq", dq}, {"dk", dk}, {"dv", dv}, {"out", training.results().out}, {"lse", training.results().lse}};
+  std::vector<NamedTensor> tensors{{"dq", computed.dq.tensor()},
+                                   {"dk", computed.dk.tensor()},
+                                   {"dv", computed.dv.tensor()},
+                                   {"out", computed.out.tensor()},
+                                   {"lse", computed.lse.tensor()}};
   std::map<std::string, std::string> metadata = describe_output(plan.problem(), true);
   if (dout.seed) {
     tensors.push_back({"dout", dout.tensor});
@@ -136,33 +156,37 @@ void print_times(const AttentionFile& file, const Plan& plan, std::vector<StageT
 }  // namespace
 
 void backward(const BackwardArguments& arguments) {
-  require_host(arguments.attention.options, "there is no backward on a GPU yet");
   if (!arguments.output.empty()) check_output(arguments.output, arguments.input);
   const AttentionFile file = read_attention_file(arguments.input);
   const Plan plan(file.problem(arguments.attention), arguments.attention.options);
   const double flop = plan.arithmetic(file.starts_q, file.starts_k).backward;
   const bool checked = to_be_checked(arguments, flop);
   const MemoryUse use = memory_use(plan);
-  require_memory(use.inputs() + use.trained() + (checked ? gradient_accuracy_bytes(plan) : 0.0));
+  const double dout_bytes = use.out;
+  require_memory(plan, {use.inputs() + dout_bytes, use.trained(), use.results() + use.ids + use.gradients(),
+                        checked ? gradient_accuracy_bytes(plan) : 0.0});
   const UpstreamGradient dout(arguments, file);
   if (!arguments.quiet) print_problem(arguments, file, plan, dout);
 
-  Training training(plan, file.inputs, dout.tensor);
+  const PlacedInputs inputs(plan, file.inputs);
+  const PlacedTensor placed_dout(Place(plan), dout.tensor, "dout");
+  Training training(plan, inputs.inputs(), placed_dout.tensor());
   std::vector<StageTime> times;
   {
     Progress progress(!arguments.quiet);
-    times = fastest_pass(arguments.repeat, [&] { return training.run(progress); });
+    times = fastest_pass(warm_ups(plan) + arguments.repeat, [&] { return training.run(progress); });
   }
   if (!arguments.quiet) print_times(file, plan, times);
-  write_output(arguments, plan, training, dout);
+  const Computed computed(training);
+  write_output(arguments, plan, computed, dout);
   std::fflush(stdout);
   std::optional<GradientErrors> errors;
   if (checked) {
     Progress progress(!arguments.quiet);
-    errors = check_gradients(plan, file.inputs, training.selection(), training.results(), dout.tensor,
-                             training.gradients(), progress);
+    errors = check_gradients(plan, file.inputs, computed.ids.tensor(), computed.results(), dout.tensor,
+                             computed.gradients(), progress);
   }
-  if (!arguments.quiet) print_gradients(training.gradients(), errors, flop);
+  if (!arguments.quiet) print_gradients(computed.gradients(), errors, flop);
 }
 
 }  // namespace moba::cli

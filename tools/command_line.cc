@@ -157,14 +157,15 @@ void add_backward(CLI::App& app, Parsed& parsed) {
   add_attention_options(command, arguments.attention);
   command.footer(std::string(kFileHelp) + R"(
 dout, the gradient of out, is a tensor of the file if it holds one, of q's shape and type; else it is random. Where
-top-k covers every block these are the gradients of full attention. There is no backward on a GPU yet.
+top-k covers every block these are the gradients of full attention.
 
 The error of a row is |x - float64| / |float64|, or against an average row where that is longer. The float64 gradients
 are of the same blocks, out and lse.
 
 Examples:
   moba backward data/smollm2-135m-layer15.safetensors --rope-base 100000
-  moba backward qkv.safetensors -o gradients.safetensors --block-size 64 --top-k 4 --check never)");
+  moba backward qkv.safetensors -o gradients.safetensors --block-size 64 --top-k 4 --check never
+  moba backward qkv.safetensors --backend cuda --check always)");
   command.callback([&] {
     check_attention_options(command, arguments.attention);
     parsed.command = [&] { backward(arguments); };

@@ -14,18 +14,6 @@ namespace {
               format_bytes(memory.total) + " are free on device " + std::to_string(device));
 }
 
-ConstTensor placed(const ConstTensor& host, Place place, PlacedMemory& memory, const char* what) {
-  if (place.device == Device::cpu || !host.given()) return host;
-  const std::size_t bytes = bytes_of(host);
-  memory = PlacedMemory(place, bytes, what);
-  gpu::copy_to_device(place.index, memory.span().data(), host.data, bytes);
-  ConstTensor tensor = host;
-  tensor.data = memory.span().data();
-  tensor.device = place.device;
-  tensor.device_index = place.index;
-  return tensor;
-}
-
 }  // namespace
 
 Place::Place(const Plan& plan) {
@@ -54,14 +42,23 @@ Tensor allocate(PlacedMemory& memory, Place place, DType dtype, std::initializer
   return tensor;
 }
 
-PlacedInputs::PlacedInputs(const Plan& plan, const Inputs& host) {
-  const Place place(plan);
-  inputs_.q = placed(host.q, place, q_, "q");
-  inputs_.k = placed(host.k, place, k_, "k");
-  inputs_.v = placed(host.v, place, v_, "v");
-  inputs_.cu_seqlens_q = placed(host.cu_seqlens_q, place, cu_seqlens_q_, "cu_seqlens_q");
-  inputs_.cu_seqlens_k = placed(host.cu_seqlens_k, place, cu_seqlens_k_, "cu_seqlens_k");
+PlacedTensor::PlacedTensor(Place place, const ConstTensor& host, const char* what) : tensor_(host) {
+  if (place.device == Device::cpu || !host.given()) return;
+  const std::size_t bytes = bytes_of(host);
+  memory_ = PlacedMemory(place, bytes, what);
+  gpu::copy_to_device(place.index, memory_.span().data(), host.data, bytes);
+  tensor_.data = memory_.span().data();
+  tensor_.device = place.device;
+  tensor_.device_index = place.index;
 }
+
+PlacedInputs::PlacedInputs(const Plan& plan, const Inputs& host)
+    : q_(Place(plan), host.q, "q"),
+      k_(Place(plan), host.k, "k"),
+      v_(Place(plan), host.v, "v"),
+      cu_seqlens_q_(Place(plan), host.cu_seqlens_q, "cu_seqlens_q"),
+      cu_seqlens_k_(Place(plan), host.cu_seqlens_k, "cu_seqlens_k"),
+      inputs_{q_.tensor(), k_.tensor(), v_.tensor(), cu_seqlens_q_.tensor(), cu_seqlens_k_.tensor()} {}
 
 OnHost::OnHost(const Tensor& tensor) : tensor_(tensor) {
   if (tensor.device == Device::cpu) return;
@@ -101,9 +98,7 @@ void require_gpu_memory(const Plan& plan, double bytes) {
   const int device = Place(plan).index;
   const gpu::MemoryState memory = gpu::memory_state(device);
   if (bytes <= memory.free) return;
-  const double workspace = static_cast<double>(plan.workspace_bytes());
-  refuse(device, memory, bytes,
-         " for the tensors and the workspace, which takes " + format_bytes(workspace) + " (--workspace-limit)");
+  refuse(device, memory, bytes, " for the tensors and the workspace (--workspace-limit)");
 }
 
 }  // namespace moba::cli

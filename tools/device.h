@@ -46,7 +46,19 @@ class PlacedMemory {
 Tensor allocate(PlacedMemory& memory, Place place, DType dtype, std::initializer_list<std::int64_t> shape,
                 const char* what);
 
-// Contiguous inputs from the host's memory, where a plan can read them: copies, if that is elsewhere.
+// A contiguous tensor from the host's memory, where a plan can read it: a copy, if that is elsewhere.
+class PlacedTensor {
+ public:
+  PlacedTensor(Place place, const ConstTensor& host, const char* what);
+
+  const ConstTensor& tensor() const { return tensor_; }
+
+ private:
+  PlacedMemory memory_;
+  ConstTensor tensor_;
+};
+
+// The same of inputs.
 class PlacedInputs {
  public:
   PlacedInputs(const Plan& plan, const Inputs& host);
@@ -54,7 +66,7 @@ class PlacedInputs {
   const Inputs& inputs() const { return inputs_; }
 
  private:
-  PlacedMemory q_, k_, v_, cu_seqlens_q_, cu_seqlens_k_;
+  PlacedTensor q_, k_, v_, cu_seqlens_q_, cu_seqlens_k_;
   Inputs inputs_;
 };
 

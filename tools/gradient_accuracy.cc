@@ -92,11 +92,11 @@ class WideInputs {
 };
 
 // The same blocks as a selection of another plan of the same shapes.
-Selection same_blocks(const Plan& plan, const Inputs& inputs, const Selection& selection, Buffer& memory) {
+Selection same_blocks(const Plan& plan, const Inputs& inputs, const ConstTensor& ids, Buffer& memory) {
   if (plan.forward_is_dense()) return {};
   memory = Buffer(plan.selection_bytes());
   const Selection same = make_selection(plan, memory.span());
-  std::memcpy(same.ids.data, selection.ids.data, bytes_of(selection.ids));
+  std::memcpy(same.ids.data, ids.data, bytes_of(ids));
   const Buffer workspace(plan.workspace_bytes());
   moba::index(plan, inputs, same, workspace.span());
   return same;
@@ -122,14 +122,13 @@ double gradient_accuracy_bytes(const Plan& plan) {
          inside;
 }
 
-GradientErrors check_gradients(const Plan& plan, const Inputs& inputs, const Selection& selection,
-                               const Outputs& results, const ConstTensor& dout, const Gradients& gradients,
-                               Progress& progress) {
+GradientErrors check_gradients(const Plan& plan, const Inputs& inputs, const ConstTensor& ids, const Outputs& results,
+                               const ConstTensor& dout, const Gradients& gradients, Progress& progress) {
   const GradientPlans plans(plan);
   progress.stage("float64 gradients");
   const WideInputs wide(plans.own, inputs);
   Buffer out_memory, dout_memory, selection_memory, dv_memory(bytes_of(wide.inputs().v));
-  const Selection same = same_blocks(plans.exact, wide.inputs(), selection, selection_memory);
+  const Selection same = same_blocks(plans.exact, wide.inputs(), ids, selection_memory);
   const ConstOutputs seen{widen(results.out, out_memory), results.lse};
   const Pair expected(plans.exact.problem());
   const Tensor& dk = expected.k;

@@ -19,9 +19,11 @@ struct MemoryUse {
   // What the types of stages.h take beside the inputs: full attention with its Results, and a StagedForward.
   double dense() const { return results() + workspace; }
   double staged() const { return dense() + stages; }
-  // What a forward that keeps its selection and backward after it take beside the inputs, dout among it.
+  // dq, dk and dv.
+  double gradients() const { return inputs(); }
+  // What a forward that keeps its selection and backward after it take beside the inputs and dout.
   double trained() const {
-    return results() + selection + out + inputs() + (workspace > backward_workspace ? workspace : backward_workspace);
+    return results() + selection + gradients() + (workspace > backward_workspace ? workspace : backward_workspace);
   }
 };
 

@@ -5,82 +5,18 @@
 // and brings its 16-byte chunks of the tile. What is far away, tickets, units and row ids, is read well before its use.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "cuda/attend_resident_shared.cuh"
 #include "cuda/lanes.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy.cuh"
+#include "cuda/resident_keys.cuh"
 #include "cuda/swizzle.cuh"
 
 namespace moba::cuda::resident {
 
-inline constexpr int kProducerBarrier = 1;
 inline constexpr int kTilesAhead = 4;  // between the load of a row id and its use: less than its latency is seen
-
-// The unit's keys from `from` on to shared memory at `to`, zeros behind them: the rows of memory there belong to other
-// blocks or sequences, and a NaN of theirs would pass through the product with a weight of 0.
-template <int d, int kKeys>
-__device__ __forceinline__ void copy_short_keys(std::uint32_t to, const char* from, std::int64_t token_bytes,
-                                                int keys) {
-  constexpr int kChunks = d / 8;
-  const int chunk = threadIdx.x % kChunks;
-#pragma unroll 2
-  for (int row = threadIdx.x % kProducers / kChunks; row < kKeys; row += kProducers / kChunks) {
-    ptx::copy_async(to + swizzled_band(kKeys, row, chunk), from + min(row, keys - 1) * token_bytes + chunk * 16,
-                    row < keys ? 16 : 0);
-  }
-}
-
-// A unit travels from the list to the ring in a register: word i of it in lane i of the producers' first warp, read
-// while the unit before is gathered. Behind the last unit: one of 0 rows.
-template <int kKeys>
-__device__ __forceinline__ int unit_word(const Arguments& arguments, int ticket) {
-  constexpr int kWords = sizeof(Unit) / 4, kRowsWord = offsetof(Unit, rows) / 4;
-  const int lane = threadIdx.x % 32;
-  ticket = __shfl_sync(kAllLanes, ticket, 0);
-  if (ticket >= arguments.counters[1]) return lane == kRowsWord ? 0 : kKeys;
-  return reinterpret_cast<const int*>(arguments.units + ticket)[min(lane, kWords - 1)];
-}
-
-// Puts unit n of this CTA, by the words of the first warp, into the ring when its stage is free, and asks for its keys.
-// All producers.
-template <int d, int kKeys>
-__device__ __forceinline__ void take_unit(const CUtensorMap& k_map, const CUtensorMap& v_map,
-                                          const Arguments& arguments, std::uint32_t base, Unit* ring, int n, int word) {
-  using L = Layout<d, kKeys>;
-  const int stage = n & 1, t = threadIdx.x % kProducers;
-  const bool first_thread = t == 0;
-  const std::uint32_t full = base + L::kKeyFull + stage * 8;
-  if (t < 32) {
-    ptx::barrier_wait(base + L::kKeyEmpty + stage * 8, ((n >> 1) & 1) ^ 1);
-    if (t < static_cast<int>(sizeof(Unit) / 4)) reinterpret_cast<int*>(ring + stage)[t] = word;
-  }
-  ptx::named_barrier(kProducerBarrier, kProducers);
-  const Unit& unit = ring[stage];
-  const std::uint32_t k = base + stage * L::kKeyStage, v = k + L::kKeyBytes;
-  if (unit.keys < kKeys) {
-    const std::int64_t token = unit.key_begin, head = unit.head;
-    copy_short_keys<d, kKeys>(k, arguments.k + token * arguments.k_token_bytes + head * arguments.k_head_bytes,
-                              arguments.k_token_bytes, unit.keys);
-    copy_short_keys<d, kKeys>(v, arguments.v + token * arguments.v_token_bytes + head * arguments.v_head_bytes,
-                              arguments.v_token_bytes, unit.keys);
-    ptx::copy_async_arrive(full);
-    if (first_thread) ptx::barrier_arrive(full);  // publishes the ring too, which arrival by cp.async need not do
-    return;
-  }
-  ptx::barrier_arrive(full);
-  if (!first_thread) return;
-  ptx::barrier_arrive_expect(full, unit.rows > 0 ? L::kKeyStage : 0);
-  if (unit.rows == 0) return;
-#pragma unroll
-  for (int band = 0; band < d / kBandColumns; ++band) {
-    const int column = band * kBandColumns, offset = band * L::kKeyBand;
-    ptx::copy_tensor_3d(k + offset, &k_map, full, column, unit.head, unit.key_begin);
-    ptx::copy_tensor_3d(v + offset, &v_map, full, column, unit.head, unit.key_begin);
-  }
-}
 
 template <int d, int kKeys>
 __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensorMap& v_map, const Arguments& arguments,
@@ -93,19 +29,17 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
   // A lane holds one row of an even (lanes 0 to 15) or odd tile, so that two registers hold four tiles.
   const int held = lane / 16 * kTileRows + lane % 16 / kRows * 4 * kRows + warp * kRows + lane % kRows;
   const std::uint32_t to = base + L::kQ + swizzled_band(kTileRows, t / kLanes, t % kLanes);
-  const auto units_of = [&](int row) {
-    return arguments.row_units * row + arguments.token_units * arguments.by_group(row);
-  };
+  const auto units_of = [&](int row) { return arguments.q.units_of(row, arguments.by_group(row)); };
 
   const auto load = [&](const Unit& unit, int row) {
     return __ldg(arguments.rows + unit.first + min(row + held, unit.rows - 1));
   };
 
   int ticket = 0, word = 0;  // of the unit behind the next; of the next
-  if (t == 0) ticket = atomicAdd(arguments.counters, 1);
-  if (warp == 0) word = unit_word<kKeys>(arguments, ticket);
-  if (t == 0) ticket = atomicAdd(arguments.counters, 1);
-  take_unit<d, kKeys>(k_map, v_map, arguments, base, ring, 0, word);
+  if (t == 0) ticket = atomicAdd(arguments.keys.counters, 1);
+  if (warp == 0) word = unit_word<L>(arguments.keys, ticket);
+  if (t == 0) ticket = atomicAdd(arguments.keys.counters, 1);
+  take_unit<L>(k_map, v_map, arguments.keys, base, ring, 0, word);
   if (ring[0].rows == 0) return;
   std::uint32_t now[2] = {units_of(load(ring[0], 0)), units_of(load(ring[0], 2 * kTileRows))};
   int stage = 0, parity = 1;
@@ -116,9 +50,9 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
     // The next unit is asked for when its stage is, as a rule, free; never before the first tile of each consumer is
     // here, or it would wait for consumers that wait for their tile.
     const int ask = min(tiles, L::kQStages + 2);
-    if (warp == 0) word = unit_word<kKeys>(arguments, ticket);
-    if (t == 0) ticket = atomicAdd(arguments.counters, 1);
-    const char* from = arguments.q + unit.head * arguments.q_key_head_bytes + t % kLanes * 16;
+    if (warp == 0) word = unit_word<L>(arguments.keys, ticket);
+    if (t == 0) ticket = atomicAdd(arguments.keys.counters, 1);
+    const char* from = arguments.q.data + unit.head * arguments.q.key_head_bytes + t % kLanes * 16;
     for (int tile = 0; tile < tiles; tile += kTilesAhead) {
       const bool last = tile + kTilesAhead >= tiles, asks = tile < ask && tile + kTilesAhead >= ask;
       int later[2] = {0, 0};
@@ -142,14 +76,14 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
 #pragma unroll
           for (int p = 0; p < kPasses; ++p) {
             ptx::copy_async(to + stage * L::kQBytes + p * 4 * kRows * kBandBytes,
-                            from + static_cast<std::uint64_t>(units[p]) * arguments.q_unit);
+                            from + static_cast<std::uint64_t>(units[p]) * arguments.q.unit);
           }
           ptx::copy_async_arrive(base + L::kQFull + stage * 8);
           if (++stage == L::kQStages) stage = 0, parity ^= 1;
         }
       }
       if (asks) {
-        take_unit<d, kKeys>(k_map, v_map, arguments, base, ring, n + 1, word);
+        take_unit<L>(k_map, v_map, arguments.keys, base, ring, n + 1, word);
         if (last) load_later(next_unit, 0);
       }
       now[0] = units_of(later[0]), now[1] = units_of(later[1]);

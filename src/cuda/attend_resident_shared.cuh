@@ -8,24 +8,26 @@
 //   kQ...    barriers of the tiles. full: the producers -> the warpgroup that the tile is for; empty: its 4 warps
 //
 // Every consumer takes part in every unit: a unit counts at least as many tiles as there are consumers, the last may be
-// empty. Behind the last unit comes one of 0 rows.
+// empty.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/contract.h"
 #include "cuda/divide.cuh"
+#include "cuda/resident_keys.cuh"
+#include "cuda/row_addresses.cuh"
 #include "cuda/swizzle.cuh"
 
 namespace moba::cuda::resident {
 
-inline constexpr int kProducers = 128;  // threads
 inline constexpr int kTileRows = 64;
 
 // Shared memory in bytes, and who gets the registers: (consumers + 1) * 128 threads start with an equal share of 64K
 // and trade. A fourth consumer leaves 112 to each, without spills only for d = 64 with 64 keys.
-template <int d, int kKeys>
+template <int d, int kStageKeys>
 struct Layout {
+  static constexpr int kHeadDim = d, kKeys = kStageKeys;
   static constexpr int kConsumers = d == 64 && kKeys == 64 ? 4 : 3;  // warpgroups
   static constexpr bool kTight = d == 128 && kKeys == 128;           // S, O take 128 registers
   static constexpr int kConsumerRegisters = kTight ? 160 : kConsumers == 3 ? 152 : 104;
@@ -46,15 +48,9 @@ struct Layout {
 };
 
 struct Arguments {
-  const Unit* units;
-  std::int32_t* counters;
+  KeySource keys;
   const std::int32_t* rows;
-  const char* q;
-  std::int64_t q_key_head_bytes;         // from the query heads of a key head to those of the next
-  std::uint32_t q_unit;                  // bytes; row id i of a key head lies
-  std::uint32_t row_units, token_units;  // row_units * i + token_units * token of them behind its first, mod 2^32
-  const char *k, *v;                     // for units of fewer than kKeys keys
-  std::int64_t k_token_bytes, k_head_bytes, v_token_bytes, v_head_bytes;
+  RowAddresses q;
   char* out;
   float* lse;
   Divide by_group;

@@ -18,10 +18,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cstdint>
-#include <limits>
 #include <numbers>
-#include <numeric>
-#include <string>
 
 #include "cuda/attend_resident_producers.cuh"
 #include "cuda/attend_resident_shared.cuh"
@@ -242,30 +239,10 @@ __global__ void __launch_bounds__(Layout<d, kKeys>::kThreads, 1)
 
 // ---- Host ----
 
-constexpr int kElementBytes = 2;
-
 Arguments arguments_of(const Shape& shape, const AttendInput& input, const UnitList& list, const AttendOutput& output) {
-  // Rows are addressed in 32 bits of the greatest unit that divides their strides: 256 bytes for [Tq, Hq, 128], never
-  // below 16, and tensors span up to 64 GiB (checks.cc). With one query head to a key head the distance between heads
-  // does not count.
-  const std::int64_t token_bytes = input.q.token_stride * kElementBytes;
-  const std::int64_t head_bytes = shape.group == 1 ? 0 : input.q.head_stride * kElementBytes;
-  constexpr std::int64_t kLargestUnit = 1 << 16;
-  const std::int64_t unit = std::gcd(std::gcd(token_bytes, head_bytes), kLargestUnit);
-  return {.units = list.units,
-          .counters = list.counters,
+  return {.keys = key_source(list, input.k, input.v),
           .rows = input.rows,
-          .q = static_cast<const char*>(input.q.data),
-          .q_key_head_bytes = shape.group * input.q.head_stride * kElementBytes,
-          .q_unit = static_cast<std::uint32_t>(unit),
-          .row_units = static_cast<std::uint32_t>(head_bytes / unit),
-          .token_units = static_cast<std::uint32_t>((token_bytes - shape.group * head_bytes) / unit),
-          .k = static_cast<const char*>(input.k.data),
-          .v = static_cast<const char*>(input.v.data),
-          .k_token_bytes = input.k.token_stride * kElementBytes,
-          .k_head_bytes = input.k.head_stride * kElementBytes,
-          .v_token_bytes = input.v.token_stride * kElementBytes,
-          .v_head_bytes = input.v.head_stride * kElementBytes,
+          .q = RowAddresses(input.q, shape.group),
           .out = static_cast<char*>(output.partials.out),
           .lse = output.partials.lse,
           .by_group = Divide(shape.group),

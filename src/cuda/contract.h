@@ -95,16 +95,19 @@ struct Index {
 };
 inline constexpr std::int32_t kInvalidRow = -2;
 
-// A work unit of attend: rows of one list against one key range.
+// A work unit of attend or backward: rows of one list against one key range.
 struct alignas(16) Unit {
-  std::int64_t first;            // list: first entry of the unit in Index::rows and in the partials; dense: unused
+  std::int64_t
+      first;  // list: first entry of the unit in Index::rows and in the partials; dense: of backward, the latter
   std::int32_t head;             // key head, of all (not of the slab)
   std::int32_t key_begin, keys;  // tokens of k; keys >= 1, for dense the keys that the unit's last row sees
   std::int32_t rows;             // >= 1
   std::int32_t first_token;      // row with token t sees min(keys, max(0, t - first_token + 1)) keys if causal
   std::int32_t masked;           // leading rows that see fewer than `keys` keys; 0 if not causal
-  std::int32_t row0;          // >= 0: the first `masked` rows (dense: all rows) are row0, row0 + 1, ...; -1: read them
-  std::int32_t rest[3] = {};  // units are copied whole, 16 bytes at a time
+  std::int32_t row0;       // >= 0: the first `masked` rows (dense: all rows) are row0, row0 + 1, ...; -1: read them
+  std::int32_t part = 0;   // backward: which of the pass's parts of their block the keys are
+  std::int32_t share = 0;  // backward: where its dk and dv go, or -1: no other unit has its keys, they are final
+  std::int32_t rest = 0;   // units are copied whole, 16 bytes at a time
 };
 
 struct UnitList {
@@ -132,6 +135,51 @@ struct AttendInput {
   const std::int32_t* rows;  // Index::rows; null for dense
 };
 
+// backward: a block's keys are cut into parts of part_keys (the last may have fewer), which the kernel holds at a time,
+// and taken in passes of some parts of every block, as memory allows.
+struct Pass {
+  int rows_per_unit, part_keys;
+  int part_begin, parts;  // the parts of every block, those that it has
+  bool direct;            // dk and dv of keys that are of one unit only are final; else all units get shares
+};
+
+// The keys whose dk and dv are sums over `count` shares, from `first` on.
+struct Split {
+  std::int32_t first, count;
+  std::int32_t head, key_begin, keys;  // as in Unit
+};
+
+struct ShareList {
+  Split* splits;           // [split_capacity()]
+  std::int32_t* counters;  // [2]: shares, splits
+};
+
+// What backward needs of a row besides q and dout. That of slab row r of head h of the slab stands at h * rows of a
+// head
+// + r; behind all of them is one that rows of no unit read.
+struct RowValues {
+  float* lse;    // base 2; +inf for a row with lse -inf and for what is behind all: their weights are 0
+  float* delta;  // dout . out
+};
+
+struct BackwardInput {
+  View<const void> q, k, v, dout;
+  const std::int32_t* rows;  // Index::rows; null for dense
+  RowValues values;
+};
+
+struct BackwardOutput {
+  void* dq;                  // partials of dq, times scale: [parts of the pass][entries][d], rows as in Partials::out
+  std::int64_t part_stride;  // entries of a part
+  float* shares;             // [shares][2][part_keys][d]: dk, times scale, and dv; not written behind the unit's keys
+  View<void> dk, dv;         // [Tk, Hk, d], where Unit::share is -1
+};
+
+// Sums in float32 from pass to pass or slab to slab; null where one does all.
+struct KeyTotals {
+  float *dk, *dv;  // [Tk, d] of one key head
+};
+
 // ---- Setup ----
 
 // batch.cu: sequences and blocks from cu_seqlens (device, i32 [batch + 1]; null: one sequence of all tokens). Tables
@@ -149,6 +197,7 @@ struct RopeParameters {
   int pairs;              // rotary_dim / 2
   double magnitude;       // factor on cos and sin
   double frequency[128];  // radians per position of each pair; unused where a table is given
+  bool back = false;      // by the opposite angles
   const double2* steps;   // by rope_steps(), on the device; unused where a table is given
   const float* cos;       // the caller's table on the device, [positions, pairs], or null
   const float* sin;
@@ -210,5 +259,54 @@ struct CallerPartials {
   View<const void> lse[kMaxCallerPartials];  // f32 [Hq, Tq]
 };
 void merge_partials(const Shape&, const CallerPartials&, View<void> out, LseView lse, cudaStream_t);
+
+// ---- The steps of backward ----
+
+// choose_all.cu: the ids, and counts if wanted, of a plan whose slots hold every block: all that a row sees.
+void choose_all(const Shape&, Batch, IdsView<std::int32_t> ids, CountsView counts, cudaStream_t);
+
+// backward_rows.cu: the values of the slab's rows. lse f32 [Hq, Tq].
+std::int64_t row_value_count(const Shape&, Slab);
+void row_values(const Shape&, Slab, View<const void> out, View<const void> dout, View<const void> lse, const RowValues&,
+                cudaStream_t);
+
+// units.cu, as list_units. Dense: lists of all the rows of the slab that see a part of their sequence, which then
+// stands for a block.
+std::int64_t backward_unit_capacity(const Shape&, Slab, const Pass&);
+std::int64_t dense_backward_unit_capacity(const Shape&, Slab, const Pass&);
+struct ShareCapacity {
+  std::int64_t shares, splits;
+};
+ShareCapacity share_capacity(const Shape&, Slab, const Pass&);
+ShareCapacity dense_share_capacity(const Shape&, Slab, const Pass&);
+void list_backward_units(const Shape&, Slab, Batch, const Index&, const Pass&, const UnitList&, const ShareList&,
+                         cudaStream_t);
+void list_dense_backward_units(const Shape&, Slab, Batch, const Pass&, const UnitList&, const ShareList&, cudaStream_t);
+
+// backward_sm90.cu (d 64 and 128), backward_portable.cu (all d): dk and dv, and the partials of dq, of all units.
+inline constexpr int kSm90PartKeys = 128;
+void backward_sm90(const Shape&, Slab, const BackwardInput&, const UnitList&, const BackwardOutput&, cudaStream_t);
+int portable_part_keys(int head_dim);
+void backward_portable(const Shape&, Slab, const BackwardInput&, const UnitList&, const BackwardOutput&, cudaStream_t);
+
+// backward_keys.cu: what shares add up to, in their order: final dk and dv, or, where there are totals, added to them.
+void sum_shares(const Shape&, const Pass&, const ShareList&, const float* shares, View<void> dk, View<void> dv,
+                const KeyTotals&, cudaStream_t);
+// The totals of key head `head` as dk and dv; NaN for tokens that lie in no sequence.
+void write_totals(const Shape&, Batch, int head, const KeyTotals&, View<void> dk, View<void> dv, cudaStream_t);
+// dk and dv of keys of no unit: 0, or NaN for tokens that lie in no sequence. index null: dense.
+void fill_keys(const Shape&, Slab, Batch, const Index* index, View<void> dk, View<void> dv, cudaStream_t);
+
+// backward_rows.cu: dq of the slab's rows from the partials of a pass, added up in the order of parts, then ids. A row
+// without any: 0. A row of kInvalidRow, or of a token that lies in no sequence: NaN.
+struct QuerySums {
+  IdsView<const std::int32_t> ids;  // data null: dense
+  Index index;                      // unused for dense
+  const void* partials;             // BackwardOutput
+  std::int64_t part_stride;
+  float* totals;     // [rows of the slab][d] from pass to pass; null where one does all
+  bool first, last;  // of the passes
+};
+void sum_queries(const Shape&, Slab, Batch, const Pass&, const QuerySums&, View<void> dq, cudaStream_t);
 
 }  // namespace moba::cuda

@@ -154,6 +154,7 @@ __device__ __forceinline__ void fill_angles(const RopeParameters& rope, const La
           at_hand ? shared.runs[(slice * 2 + ahead / kRun) * pairs + pair] : run_cos_sin(rope, run, pair);
       value = position_cos_sin(rope, at_run, offset, pair);
     }
+    if (rope.back) value.y = -value.y;
     float* to = angles + ((token * 4 + pair % 8 / 4) * (pairs / 8) + pair / 8) * 4 + pair % 4;
     to[0] = value.x;
     to[2 * 4 * (pairs / 8)] = value.y;
@@ -216,8 +217,8 @@ __global__ void __launch_bounds__(kPool ? kMaxThreads : kThreads, kPool ? 1 : 3)
     for (int i = 0; i < kBatch; ++i) {
       if (token + i >= slice.tokens) continue;
       const std::uint16_t* row = from + static_cast<std::int64_t>(slice.begin + token + i) * source.from.token_stride;
-      tokens.low[i] = __ldg(reinterpret_cast<const uint4*>(row + low_column));
-      tokens.high[i] = __ldg(reinterpret_cast<const uint4*>(row + high_column));
+      tokens.low[i] = *reinterpret_cast<const uint4*>(row + low_column);  // not __ldg: may be in place
+      tokens.high[i] = *reinterpret_cast<const uint4*>(row + high_column);
     }
     return tokens;
   };
@@ -295,6 +296,7 @@ __global__ void __launch_bounds__(kThreads)
       angle[thread] = rope.cos != nullptr
                           ? table_cos_sin(rope, position, thread)
                           : position_cos_sin(rope, run_cos_sin(rope, position - offset, thread), offset, thread);
+      if (rope.back) angle[thread].y = -angle[thread].y;
     }
     __syncthreads();
     const std::int64_t token = slice.begin + i;

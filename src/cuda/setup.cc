@@ -100,17 +100,6 @@ std::size_t slab_bytes(const Setup& setup, std::int64_t heads, std::int64_t toke
   return carver.used();
 }
 
-// The largest n in [1, most] with fits(n), which holds for all smaller n too; 0 if there is none.
-template <class Fits>
-std::int64_t largest(std::int64_t most, Fits fits) {
-  std::int64_t good = 0, bad = most + 1;
-  while (bad - good > 1) {
-    const std::int64_t middle = good + (bad - good) / 2;
-    (fits(middle) ? good : bad) = middle;
-  }
-  return good;
-}
-
 // The public index() takes all tokens of some key heads at once.
 std::size_t index_bytes(const Setup& setup, std::int64_t heads) {
   Carver carver;
@@ -222,6 +211,11 @@ void prepare(Plan::Impl& plan, const DeviceLimits& device) {
   setup.index_heads = static_cast<int>(
       largest(setup.shape.kv_heads, [&](std::int64_t heads) { return index_bytes(setup, heads) <= scratch; }));
   plan.scratch_bytes = aligned(scratch);
+
+  const std::size_t outside_backward = kAlignment + plan.q_rotated_bytes + plan.k_rotated_bytes;
+  const bool sm90 = setup.attend != AttendKernel::portable;
+  plan.backward_scratch_bytes = aligned(
+      prepare_backward(setup, plan, sm90, limit > outside_backward ? limit - outside_backward : kDefaultScratch));
   plan.cuda = made;
 }
 

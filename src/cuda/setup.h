@@ -19,6 +19,16 @@ enum class AttendKernel : std::uint8_t {
   portable,
 };
 
+enum class BackwardKernel : std::uint8_t { sm90, portable };
+
+// How backward, or dense_backward, cuts its work: a slab of rows against some parts of every block at a time.
+struct BackwardSetup {
+  bool dense = false;
+  int rows_per_unit = 64, part_keys = 64;
+  int all_parts = 1, parts = 1;         // of the longest block (dense: sequence); at a time
+  int slab_heads = 1, slab_tokens = 1;  // largest slab
+};
+
 struct Setup {
   DeviceLimits device;
   Shape shape;
@@ -27,11 +37,28 @@ struct Setup {
   int rows_per_unit = 64, dense_rows_per_unit = 64;
   int slab_heads = 1, slab_tokens = 1;  // largest slab of forward and attend
   int index_heads = 1;                  // key heads at a time of the public index(), all tokens; 0: refused
-  int rope_pairs = 0;                   // whose cosines and sines are computed, not looked up in the caller's table
+  BackwardKernel backward = BackwardKernel::portable;
+  BackwardSetup chosen_backward, dense_backward;
+  int rope_pairs = 0;  // whose cosines and sines are computed, not looked up in the caller's table
 };
 
-// Fills plan.cuda, scratch_bytes and selection_bytes, or refuses the problem or the options.
+// Fills plan.cuda, scratch_bytes, backward_scratch_bytes and selection_bytes, or refuses the problem or the options.
 void prepare(Plan::Impl& plan, const DeviceLimits& device);
+
+// The part of that which is about backward (backward_setup.cc); returns the scratch it takes, at most `limit` if it
+// can.
+std::size_t prepare_backward(Setup& setup, const Plan::Impl& plan, bool sm90, std::size_t limit);
+
+// The largest n in [1, most] with fits(n), which holds for all smaller n too; 0 if there is none.
+template <class Fits>
+std::int64_t largest(std::int64_t most, Fits fits) {
+  std::int64_t good = 0, bad = most + 1;
+  while (bad - good > 1) {
+    const std::int64_t middle = good + (bad - good) / 2;
+    (fits(middle) ? good : bad) = middle;
+  }
+  return good;
+}
 
 // ---- The scratch memory of a call, by what it computes. ----
 
@@ -63,6 +90,22 @@ struct DenseMemory {
   UnitList units;
 
   DenseMemory(Carver& carver, const Setup& setup);
+};
+
+// backward: a slab's lists (not dense), units, values of rows, partials of dq, and sums.
+struct BackwardMemory {
+  Index index{};
+  void* index_scratch = nullptr;
+  UnitList units;
+  ShareList share_list;
+  float* shares;
+  RowValues values;
+  void* dq;
+  std::int64_t part_stride;
+  float* query_totals = nullptr;  // where there are several passes
+  KeyTotals key_totals{};         // where there are several slabs of tokens
+
+  BackwardMemory(Carver& carver, const Setup& setup, const BackwardSetup& backward);
 };
 
 struct IndexMemory {

@@ -5,50 +5,13 @@
 #include "call.h"
 #include "cuda/backend.h"
 #include "cuda/contract.h"
-#include "cuda/device.h"
+#include "cuda/device_call.h"
 #include "cuda/launch.h"
 #include "cuda/setup.h"
 #include "refuse.h"
 
 namespace moba::cuda {
 namespace {
-
-View<const void> view(const ConstTensor& tensor) { return {tensor.data, tensor.stride[0], tensor.stride[1]}; }
-View<void> view(const Tensor& tensor) { return {tensor.data, tensor.stride[0], tensor.stride[1]}; }
-View<const void> read_only(const View<void>& v) { return {v.data, v.token_stride, v.head_stride}; }
-
-LseView lse_view(const Outputs& outputs) {
-  return {static_cast<float*>(outputs.lse.data), outputs.lse.stride[0], outputs.lse.stride[1]};
-}
-
-// One call on its device: the setup of its plan, its stream, and the batch, which every call reads anew.
-struct DeviceCall {
-  // `rotates`: q and k are, or were, turned by their positions, which a table of the caller's has from 0 on.
-  explicit DeviceCall(const Call& given, bool rotates = false)
-      : call(given),
-        setup(*given.plan.cuda),
-        shape(setup.shape),
-        current(setup.device.index),
-        stream(static_cast<cudaStream_t>(given.stream.handle)),
-        carver(given.scratch.data()) {
-    const BatchMemory memory(carver, shape);
-    batch = {memory.sequences, memory.blocks};
-    const Problem& p = given.plan.problem;
-    prepare_batch(shape, static_cast<const std::int32_t*>(given.cu_seqlens_q.data),
-                  static_cast<const std::int32_t*>(given.cu_seqlens_k.data), p.max_seqlen_q, p.max_seqlen_k,
-                  rotates && p.rope && p.rope->cos.given(), memory.sequences, memory.blocks, stream);
-  }
-
-  Call call;
-  const Setup& setup;
-  const Shape& shape;
-  CurrentDevice current;
-  cudaStream_t stream;
-  Carver carver;  // what is left of the scratch
-  Batch batch{};
-};
-
-Slab whole(const Shape& shape) { return {0, shape.kv_heads, 0, shape.total_q}; }
 
 // Every slab of the call, as large as the plan says.
 template <class F>
@@ -62,16 +25,14 @@ void for_each_slab(const Setup& setup, F f) {
   }
 }
 
-// ids or counts of the caller's selection, as seen from a slab.
-IdsView<std::int32_t> slab_view(const Shape& shape, const Tensor& tensor, Slab slab) {
-  const bool shared = tensor.shape[1] == shape.kv_heads && shape.group > 1;
-  const std::int64_t token = tensor.stride[0], head = tensor.stride[1];
-  const std::int64_t head_stride = shared ? head : head * shape.group;
-  return {static_cast<std::int32_t*>(tensor.data) + slab.token_begin * token + slab.head_begin * head_stride,
-          head_stride, token, shared ? 0 : head};
+CountsView counts_view(const Shape& shape, const Selection& selection, Slab slab) {
+  return selection.counts.given() ? slab_view(shape, selection.counts, slab) : CountsView{};
 }
-IdsView<const std::int32_t> read_only(const IdsView<std::int32_t>& v) {
-  return {v.data, v.head_stride, v.token_stride, v.group_stride};
+
+// The transpose is not, or no longer, that of the ids.
+void mark_stale(const DeviceCall& c, const Selection& selection) {
+  if (!selection.offsets.given()) return;
+  MOBA_CUDA(cudaMemsetAsync(selection.offsets.data, 0xff, sizeof(std::int64_t), c.stream));
 }
 
 void launch_gate(const DeviceCall& c, Slab slab, const View<const void>& q, const View<const void>& centroids,
@@ -108,28 +69,8 @@ void attend_slab(const DeviceCall& c, Slab slab, const IdsView<const std::int32_
 }
 constexpr auto kUnobserved = [](const char*) {};
 
-RopeParameters rope_parameters(const Plan::Impl& plan) {
-  const Rope& rope = *plan.problem.rope;
-  RopeParameters r{};
-  r.interleaved = rope.style == RopeStyle::interleaved;
-  r.pairs = static_cast<int>(plan.rope->pairs());
-  if (rope.cos.given()) {
-    r.cos = static_cast<const float*>(rope.cos.data);
-    r.sin = static_cast<const float*>(rope.sin.data);
-    r.cos_stride = rope.cos.stride[0];
-    r.sin_stride = rope.sin.stride[0];
-    return r;
-  }
-  r.magnitude = plan.rope->magnitude();
-  for (int i = 0; i < r.pairs; ++i) r.frequency[i] = plan.rope->frequency(i);
-  return r;
-}
-
 void rotate(DeviceCall& c, const Tensor& q_rotated, const Tensor& k_rotated, const View<void>& centroids) {
-  RopeParameters parameters = rope_parameters(c.call.plan);
-  const RopeMemory memory(c.carver, c.setup);
-  if (parameters.cos == nullptr) rope_steps(parameters, memory.steps, c.stream);
-  parameters.steps = memory.steps;
+  const RopeParameters parameters = rope_parameters(c);
   rope_queries(c.shape, parameters, c.batch, view(c.call.q), view(q_rotated), c.stream);
   rope_keys(c.shape, parameters, c.batch, view(c.call.k), view(k_rotated), centroids, c.stream);
 }
@@ -149,9 +90,15 @@ void gate(const Call& call, const ConstTensor& centroids, const Selection& selec
   const Slab slab = whole(c.shape);
   launch_gate(c, slab, view(call.q), view(centroids), slab_view(c.shape, selection.ids, slab),
               slab_view(c.shape, selection.counts, slab));
-  // The transpose is no longer that of the ids.
-  if (selection.offsets.given())
-    MOBA_CUDA(cudaMemsetAsync(selection.offsets.data, 0xff, sizeof(std::int64_t), c.stream));
+  mark_stale(c, selection);
+}
+
+void choose_all(const Call& call, const Selection& selection) {
+  const DeviceCall c(call);
+  const Slab slab = whole(c.shape);
+  choose_all(c.shape, c.batch, slab_view(c.shape, selection.ids, slab), counts_view(c.shape, selection, slab),
+             c.stream);
+  mark_stale(c, selection);
 }
 
 void index(const Call& call, const Selection& selection) {
@@ -212,11 +159,14 @@ void forward_observed(const Call& given, const Intermediates& memory, const Outp
     pool(c.shape, c.batch, view(given.k), centroids, c.stream);
     done("pool");
   }
+  mark_stale(c, memory.selection);
   const SlabMemory slab_memory(c.carver, c.setup, {0, c.setup.slab_heads, 0, c.setup.slab_tokens});
   for_each_slab(c.setup, [&](Slab slab) {
     const std::int64_t row = c.shape.slots, token = row * c.shape.group;
-    const IdsView<std::int32_t> ids{slab_memory.ids, token * slab.tokens, token, row};
-    launch_gate(c, slab, view(c.call.q), read_only(centroids), ids, {});
+    const bool keeps = memory.selection.ids.given();
+    const IdsView<std::int32_t> ids = keeps ? slab_view(c.shape, memory.selection.ids, slab)
+                                            : IdsView<std::int32_t>{slab_memory.ids, token * slab.tokens, token, row};
+    launch_gate(c, slab, view(c.call.q), read_only(centroids), ids, counts_view(c.shape, memory.selection, slab));
     done("gate");
     attend_slab(c, slab, read_only(ids), slab_memory, outputs, done);
   });
@@ -228,7 +178,28 @@ void forward(const Call& call, const Intermediates& memory, const Outputs& outpu
 
 }  // namespace
 
-const Steps kSteps = {rope, pool, gate, index, attend, dense, merge, forward, nullptr, nullptr};
+RopeParameters rope_parameters(DeviceCall& c) {
+  const Plan::Impl& plan = c.call.plan;
+  const Rope& rope = *plan.problem.rope;
+  RopeParameters r{};
+  r.interleaved = rope.style == RopeStyle::interleaved;
+  r.pairs = static_cast<int>(plan.rope->pairs());
+  if (rope.cos.given()) {
+    r.cos = static_cast<const float*>(rope.cos.data);
+    r.sin = static_cast<const float*>(rope.sin.data);
+    r.cos_stride = rope.cos.stride[0];
+    r.sin_stride = rope.sin.stride[0];
+    return r;
+  }
+  r.magnitude = plan.rope->magnitude();
+  for (int i = 0; i < r.pairs; ++i) r.frequency[i] = plan.rope->frequency(i);
+  const RopeMemory memory(c.carver, c.setup);
+  rope_steps(r, memory.steps, c.stream);
+  r.steps = memory.steps;
+  return r;
+}
+
+const Steps kSteps = {rope, pool, gate, index, attend, dense, merge, forward, choose_all, backward, dense_backward};
 
 void forward_by_stages(const Call& call, const Intermediates& memory, const Outputs& outputs,
                        const std::function<void(const char*)>& done) {

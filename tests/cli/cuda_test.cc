@@ -89,7 +89,7 @@ TEST_F(CliCudaFile, OptionsNeedTheBackend) {
 TEST_F(CliCudaFile, EveryCommandSaysWhatIsMissing) {
   const CudaSupport cuda = cuda_support();
   if (!cuda.devices.empty()) GTEST_SKIP() << "there is a GPU";
-  for (const char* command : {"run", "dense", "map"}) {
+  for (const char* command : {"run", "dense", "backward", "map"}) {
     expect_refusal(arguments(command, {"-o", out_, "--backend", "cuda"}), kRefused, "options.");
   }
   expect_refusal(arguments("compare", {"--backend", "cuda"}), kRefused, "options.");
@@ -102,8 +102,6 @@ TEST_F(CliCudaFile, EveryCommandSaysWhatIsMissing) {
 
 // With a GPU or without one.
 TEST_F(CliCudaFile, WhatOnlyTheHostDoesIsRefused) {
-  expect_refusal(arguments("backward", {"--backend", "cuda", "-o", out_}), kRefused,
-                 "moba: --backend: is cuda; allowed: cpu, reference: there is no backward on a GPU yet\n");
   expect_refusal(arguments("decode", {"--backend", "cuda"}), kRefused,
                  "moba: --backend: is cuda; allowed: cpu, reference: there is no cache on a GPU yet\n");
   EXPECT_EQ(folder_.names(), std::vector<std::string>{"in"});
@@ -196,6 +194,52 @@ TEST_F(CliOnGpu, CompareTimesTheStagesAndTheWhole) {
     EXPECT_NE(read_bytes(folder_.file("map.svg")).find("</svg>"), std::string::npos);
   }
   EXPECT_EQ(on_gpu("map", {"-o", folder_.file("map.svg")}).code, 0);
+}
+
+TEST_F(CliOnGpu, BackwardErrorsAreThoseThatTheOperatorAllows) {
+  small_.tk = 350;
+  small_.offsets = {{"cu_seqlens_q", {0, 120, 120, 300}}, {"cu_seqlens_k", {0, 140, 170, 350}}};
+  for (const DType dtype : {DType::f16, DType::bf16}) {
+    small_.dtype = dtype;
+    small_.write(in_);
+    for (const std::string& family : families_) {
+      for (const std::vector<std::string>& more : std::vector<std::vector<std::string>>{
+               {}, {"--no-causal"}, {"--rope-style", "interleaved", "--rope-dim", "32"}}) {
+        SCOPED_TRACE(::testing::Message() << name(dtype) << ", " << family);
+        std::vector<std::string> options{"--kernels", family, "--check", "always"};
+        options.insert(options.end(), more.begin(), more.end());
+        const Finished run = on_gpu("backward", options);
+        ASSERT_EQ(run.code, 0) << run.err;
+        expect_gradient_errors(run, dtype);
+        for (const char* text : {"\nforward ", "\nbackward ", "TFLOP/s", "\nmemory: workspace ", "; selection "}) {
+          EXPECT_NE(run.out.find(text), std::string::npos) << text << "\n" << run.out;
+        }
+      }
+    }
+  }
+}
+
+// Where there is nothing to choose: full attention.
+TEST_F(CliOnGpu, BackwardOfEveryBlock) {
+  const Finished run =
+      run_moba({"backward", in_, "--block-size", "512", "--backend", "cuda", "--device", device_, "--check", "always"});
+  ASSERT_EQ(run.code, 0) << run.err;
+  EXPECT_NE(run.out.find("\ndense "), std::string::npos) << run.out;
+  expect_gradient_errors(run, DType::bf16);
+}
+
+TEST_F(CliOnGpu, BackwardWritesTheSameBitsAgain) {
+  ASSERT_EQ(on_gpu("backward", {"-o", out_, "--quiet"}).code, 0);
+  ASSERT_EQ(on_gpu("backward", {"-o", folder_.file("again"), "--quiet", "--repeat", "1"}).code, 0);
+  EXPECT_EQ(read_bytes(out_), read_bytes(folder_.file("again")));
+  const SafetensorsReader result(out_);
+  EXPECT_EQ(describe(*result.find("dq")), "BF16 [300, 4, 64]");
+  EXPECT_EQ(describe(*result.find("dv")), "BF16 [300, 2, 64]");
+  EXPECT_EQ(describe(*result.find("lse")), "F32 [4, 300]");
+  EXPECT_EQ(result.metadata().at("seed"), "1");
+  const Finished none = on_gpu("backward", {"-o", folder_.file("none"), "--workspace-limit", "1"});
+  EXPECT_EQ(none.code, kRefused);
+  EXPECT_NE(none.err.find("options.workspace_limit: is 1 bytes"), std::string::npos) << none.err;
 }
 
 TEST_F(CliOnGpu, PlanAndBench) {

@@ -157,6 +157,22 @@ std::vector<float> read_floats(const SafetensorsReader& file, const std::string&
   return values;
 }
 
+void expect_gradient_errors(const Finished& run, DType dtype) {
+  const double bound = dtype == DType::f32 ? 1e-5 : (dtype == DType::f16 ? 4e-3 : 2e-2);
+  for (const char* gradient : {"\ndq ", "\ndk ", "\ndv "}) {
+    const std::size_t at = run.out.find(gradient);
+    ASSERT_NE(at, std::string::npos) << run.out;
+    std::istringstream line(run.out.substr(at));
+    std::string name;
+    double norm = 0, max = 0, median = 0;
+    ASSERT_TRUE(line >> name >> norm >> max >> median) << run.out;
+    EXPECT_GT(norm, 0.1) << run.out;
+    EXPECT_LE(max, bound) << name << "\n" << run.out;
+    EXPECT_LE(median, max) << run.out;
+    EXPECT_GT(max, 0) << "float64 is not what was checked\n" << run.out;
+  }
+}
+
 std::vector<std::int32_t> read_ints(const SafetensorsReader& file, const std::string& name) {
   const FileTensor* tensor = file.find(name);
   if (tensor == nullptr || tensor->dtype != "I32") throw Error(file.path() + " has no I32 tensor " + name);

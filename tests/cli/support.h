@@ -66,6 +66,9 @@ struct SmallInput {
 // The largest |a - b| / |b| over rows of d; infinite where a value is not finite.
 double largest_row_error(const std::vector<float>& a, const std::vector<float>& b, std::size_t d);
 
+// The errors that moba backward printed are those that docs/spec.md section 11 allows.
+void expect_gradient_errors(const Finished& run, DType dtype);
+
 // The floats of a tensor of a file, widened.
 std::vector<float> read_floats(const SafetensorsReader& file, const std::string& name);
 std::vector<std::int32_t> read_ints(const SafetensorsReader& file, const std::string& name);

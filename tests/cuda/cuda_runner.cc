@@ -30,10 +30,16 @@ CudaRunner::CudaRunner(const Problem& problem, const Options& options)
       table_(std::make_unique<Mirror>(stream_)),
       plan_(std::make_unique<Plan>(on_device(problem, *table_), options)) {}
 
-Workspace CudaRunner::fresh_workspace() {
-  if (under_checker() || !workspace_) workspace_ = std::make_unique<DeviceMemory>(plan_->workspace_bytes());
-  if (!under_checker()) workspace_->poison(stream_);
-  return workspace_->bytes();
+Workspace CudaRunner::fresh(std::unique_ptr<DeviceMemory>& memory, std::size_t bytes) const {
+  if (under_checker() || !memory) memory = std::make_unique<DeviceMemory>(bytes);
+  if (!under_checker()) memory->poison(stream_);
+  return memory->bytes();
+}
+
+Workspace CudaRunner::fresh_workspace() { return fresh(workspace_, plan_->workspace_bytes()); }
+
+Workspace CudaRunner::fresh_backward_workspace() {
+  return fresh(backward_workspace_, plan_->backward_workspace_bytes());
 }
 
 Attention CudaRunner::forward(const Inputs& inputs, const Layout& layout) {
@@ -42,6 +48,37 @@ Attention CudaRunner::forward(const Inputs& inputs, const Layout& layout) {
   moba::forward(*plan_, mirror.read(inputs), mirror.write(result.outputs()), fresh_workspace(), {stream_});
   mirror.finish();
   return result;
+}
+
+Attention CudaRunner::forward(const Inputs& inputs, Chosen& chosen, const Layout& layout) {
+  Attention result(plan_->problem(), layout);
+  Mirror mirror(stream_);
+  moba::forward(*plan_, mirror.read(inputs), mirror.write(chosen.selection()), mirror.write(result.outputs()),
+                fresh_workspace(), {stream_});
+  mirror.finish();
+  return result;
+}
+
+Slopes CudaRunner::backward(const Inputs& inputs, Chosen& chosen, Attention& results, const Array& dout,
+                            const Layout& layout) {
+  Slopes slopes(plan_->problem(), layout);
+  Mirror mirror(stream_);
+  moba::backward(*plan_, mirror.read(inputs), mirror.read(chosen.selection()),
+                 mirror.read(ConstOutputs{results.out.tensor(), results.lse.tensor()}),
+                 mirror.read(dout.tensor(), "dout"), mirror.write(slopes.gradients()), fresh_backward_workspace(),
+                 {stream_});
+  mirror.finish();
+  return slopes;
+}
+
+Slopes CudaRunner::dense_backward(const Inputs& inputs, Attention& results, const Array& dout, const Layout& layout) {
+  Slopes slopes(plan_->problem(), layout);
+  Mirror mirror(stream_);
+  moba::dense_backward(
+      *plan_, mirror.read(inputs), mirror.read(ConstOutputs{results.out.tensor(), results.lse.tensor()}),
+      mirror.read(dout.tensor(), "dout"), mirror.write(slopes.gradients()), fresh_backward_workspace(), {stream_});
+  mirror.finish();
+  return slopes;
 }
 
 Attention CudaRunner::dense(const Inputs& inputs, const Layout& layout) {

@@ -79,6 +79,23 @@ Summary::Worst errors_of(const Attention& got, const reference::Rows& expected) 
   return worst;
 }
 
+Case in_float32(Case c) {
+  c.dtype = DType::f32;
+  c.inputs = {};
+  c.rope.reset();
+  return c;
+}
+
+// Copies the elements into a tensor of the same shape.
+void widen(Array& to, const Array& from) {
+  const std::int64_t inner = from.tensor().rank > 2 ? from.dim(2) : 1;
+  for (std::int64_t i = 0; i < from.dim(0); ++i) {
+    for (std::int64_t j = 0; j < from.dim(1); ++j) {
+      for (std::int64_t x = 0; x < inner; ++x) to.set(i, j, x, from.get(i, j, x));
+    }
+  }
+}
+
 // 16-bit floats as integers that ascend with them, one apart for neighbours.
 int ordered(std::uint64_t bits) {
   const int magnitude = static_cast<int>(bits & 0x7fff);
@@ -109,6 +126,22 @@ Options cuda_options(const std::string& family, std::size_t workspace_limit) {
   return options;
 }
 
+std::size_t least_workspace(const Problem& problem, const std::string& family) {
+  try {
+    const Plan plan(problem, cuda_options(family, 1));
+  } catch (const Error& error) {
+    const std::string message = error.what(), mark = "at least ";
+    const std::size_t at = message.find(mark);
+    return at == std::string::npos ? 0 : std::stoull(message.substr(at + mark.size()));
+  }
+  return 0;
+}
+
+std::size_t most_workspace(const Problem& problem, const std::string& family) {
+  const Plan plan(problem, cuda_options(family));
+  return std::max(plan.workspace_bytes(), plan.backward_workspace_bytes());
+}
+
 std::uint64_t run_seed() {
   static const std::uint64_t seed = [] {
     const char* given = std::getenv("MOBA_SEED");
@@ -136,33 +169,37 @@ void in_parallel(std::size_t n, const std::function<void(std::size_t)>& f) {
   for (std::thread& worker : workers) worker.join();
 }
 
-reference::Rows cpu_rows(const Case& c, const Data& data, const Chosen* chosen) {
-  Case wide = c;
-  wide.dtype = DType::f32;
-  wide.inputs = {};
-  Data widened(wide);
-  const auto widen = [](Array& to, const Array& from) {
-    for (std::int64_t i = 0; i < from.dim(0); ++i) {
-      for (std::int64_t j = 0; j < from.dim(1); ++j) {
-        for (std::int64_t x = 0; x < from.dim(2); ++x) to.set(i, j, x, from.get(i, j, x));
-      }
+CpuJudge::CpuJudge(const Case& c, const Data& data, const Chosen* chosen)
+    : data_(in_float32(c)), run_(in_float32(c).problem(), {.threads = 1}) {
+  widen(data_.q, data.q);
+  widen(data_.k, data.k);
+  widen(data_.v, data.v);
+  if (chosen == nullptr) return;
+  chosen_.emplace(run_.plan(), Layout{}, chosen->ids.dim(1) == c.kv_heads);
+  for (std::int64_t token = 0; token < chosen_->ids.dim(0); ++token) {
+    for (std::int64_t head = 0; head < chosen_->ids.dim(1); ++head) {
+      chosen_->set_row(token, head, chosen->row(token, head));
     }
-  };
-  widen(widened.q, data.q);
-  widen(widened.k, data.k);
-  widen(widened.v, data.v);
-  Runner run(wide.problem(), {.threads = 1});
-  Attention result(run.plan().problem());
-  if (chosen == nullptr) {
-    result = run.dense(widened.inputs());
-  } else {
-    Chosen own(run.plan(), {}, chosen->ids.dim(1) == c.kv_heads);
-    for (std::int64_t token = 0; token < own.ids.dim(0); ++token) {
-      for (std::int64_t head = 0; head < own.ids.dim(1); ++head) own.set_row(token, head, chosen->row(token, head));
-    }
-    run.index(widened.inputs(), own);
-    result = run.attend(widened.inputs(), own);
   }
+  run_.index(data_.inputs(), *chosen_);
+}
+
+Attention CpuJudge::rows() { return chosen_ ? run_.attend(data_.inputs(), *chosen_) : run_.dense(data_.inputs()); }
+
+Slopes CpuJudge::gradients(const Array& dout, const Attention* results) {
+  Attention wide = results == nullptr ? rows() : Attention(run_.plan().problem());
+  if (results != nullptr) {
+    widen(wide.out, results->out);
+    widen(wide.lse, results->lse);
+  }
+  Array wide_dout(DType::f32, {dout.dim(0), dout.dim(1), dout.dim(2)});
+  widen(wide_dout, dout);
+  return chosen_ ? run_.backward(data_.inputs(), *chosen_, wide, wide_dout)
+                 : run_.dense_backward(data_.inputs(), wide, wide_dout);
+}
+
+reference::Rows cpu_rows(const Case& c, const Data& data, const Chosen* chosen) {
+  const Attention result = CpuJudge(c, data, chosen).rows();
   return {result.out.numbers(), result.lse.numbers()};
 }
 

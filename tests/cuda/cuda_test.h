@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,6 +30,10 @@ const CudaDevice& device();
 std::vector<std::string> families(const Problem& problem);
 Options cuda_options(const std::string& family = "", std::size_t workspace_limit = 0);
 
+// The least workspace_limit that a plan takes, as its refusal of less says; and the greater workspace of one without.
+std::size_t least_workspace(const Problem& problem, const std::string& family);
+std::size_t most_workspace(const Problem& problem, const std::string& family);
+
 // Differs from run to run, and is printed.
 std::uint64_t run_seed();
 int random_cases(int default_count);
@@ -44,9 +49,13 @@ class CudaRunner {
   const Plan& plan() const { return *plan_; }
 
   Attention forward(const Inputs& inputs, const Layout& layout = {});
+  Attention forward(const Inputs& inputs, Chosen& chosen, const Layout& layout = {});  // keeps its choice
   Attention dense(const Inputs& inputs, const Layout& layout = {});
   Attention attend(const Inputs& inputs, Chosen& chosen, const Layout& layout = {});
   Attention merge(std::vector<Attention>& partials, const Layout& layout = {});
+  Slopes backward(const Inputs& inputs, Chosen& chosen, Attention& results, const Array& dout,
+                  const Layout& layout = {});
+  Slopes dense_backward(const Inputs& inputs, Attention& results, const Array& dout, const Layout& layout = {});
   Array pool(const Inputs& inputs, const Layout& layout = {});
   Chosen gate(const Inputs& inputs, const Array& centroids, const Layout& layout = {});
   Chosen select(const Inputs& inputs, const Layout& layout = {});
@@ -54,18 +63,33 @@ class CudaRunner {
   std::pair<Array, Array> rope(const Inputs& inputs, const Layout& layout = {});
 
  private:
+  Workspace fresh(std::unique_ptr<DeviceMemory>& memory, std::size_t bytes) const;
   Workspace fresh_workspace();
+  Workspace fresh_backward_workspace();
 
   cudaStream_t stream_;
   std::unique_ptr<Mirror> table_;  // of a rope of the caller's
   std::unique_ptr<Plan> plan_;
-  std::unique_ptr<DeviceMemory> workspace_;
+  std::unique_ptr<DeviceMemory> workspace_, backward_workspace_;
 };
 
 // A stream of the process that does not wait for the default stream.
 cudaStream_t test_stream();
 
-// The result of a case in float32 by the cpu backend, which is within 1e-5 of float64: of a selection, or dense.
+// A case in float32 for the cpu backend, which is then within 1e-5 of float64: the judge of problems that float64 has
+// no time for. One thread: many may judge at once.
+class CpuJudge {
+ public:
+  CpuJudge(const Case& c, const Data& data, const Chosen* chosen);  // null: dense
+  Attention rows();
+  // Those of q and k as they are. `results` null: of the cpu's own.
+  Slopes gradients(const Array& dout, const Attention* results);
+
+ private:
+  Data data_;
+  Runner run_;
+  std::optional<Chosen> chosen_;
+};
 reference::Rows cpu_rows(const Case& c, const Data& data, const Chosen* chosen);
 
 // Every row within docs/spec.md section 10, lse within 1e-4 (relative above 1), the whole tensor within 4e-3 (bf16;

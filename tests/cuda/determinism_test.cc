@@ -5,6 +5,7 @@
 #include "cases.h"
 #include "cuda/launch.h"
 #include "cuda_test.h"
+#include "graph.h"
 
 namespace moba::test {
 namespace {
@@ -86,18 +87,6 @@ TEST_F(CudaDeterminism, ThirtyRunsGiveTheSameBits) {
   }
 }
 
-// The least that a plan can do with: its refusal says how much.
-std::size_t least_workspace(const Problem& problem, const std::string& family) {
-  try {
-    const Plan plan(problem, cuda_options(family, 1));
-  } catch (const Error& error) {
-    const std::string message = error.what(), mark = "at least ";
-    const std::size_t at = message.find(mark);
-    return at == std::string::npos ? 0 : std::stoull(message.substr(at + mark.size()));
-  }
-  return 0;
-}
-
 // Slabs of some heads, of one, of parts of the tokens.
 TEST_F(CudaDeterminism, TheMemoryOfAPlanDoesNotMatter) {
   for (const Case& c : cases()) {
@@ -107,7 +96,7 @@ TEST_F(CudaDeterminism, TheMemoryOfAPlanDoesNotMatter) {
       const auto expected = everything(c, data, cuda_options(family));
       const std::size_t least = least_workspace(c.problem(), family);
       ASSERT_GT(least, 0u);
-      const std::size_t most = Plan(c.problem(), cuda_options(family)).workspace_bytes();
+      const std::size_t most = most_workspace(c.problem(), family);
       ASSERT_LT(least, most);
       for (const int part : {0, 1, 5, 20, 50, 80}) {
         const std::size_t limit = least + (most - least) / 100 * static_cast<std::size_t>(part);
@@ -141,7 +130,7 @@ TEST_F(CudaDeterminism, TheMemoryOfAPlanDoesNotMatterWhereScoresJump) {
         SCOPED_TRACE(::testing::Message() << "B " << block_size << ", jump " << jump << ", " << family);
         const auto expected = everything(c, data, cuda_options(family));
         const std::size_t least = least_workspace(c.problem(), family);
-        const std::size_t most = Plan(c.problem(), cuda_options(family)).workspace_bytes();
+        const std::size_t most = most_workspace(c.problem(), family);
         for (const std::size_t limit : {least, (least + most) / 2}) {
           expect_same(c, data, cuda_options(family, limit), expected);
         }
@@ -217,28 +206,6 @@ struct Resident {
   }
 };
 
-// What a resident runs, captured.
-class Graph {
- public:
-  Graph(const Resident& resident, bool stages, cudaStream_t stream) {
-    MOBA_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-    resident.run(stages, stream);
-    MOBA_CUDA(cudaStreamEndCapture(stream, &graph_));
-    MOBA_CUDA(cudaGraphInstantiate(&executable_, graph_, 0));
-  }
-  ~Graph() {
-    cudaGraphExecDestroy(executable_);
-    cudaGraphDestroy(graph_);
-  }
-  Graph(const Graph&) = delete;
-  Graph& operator=(const Graph&) = delete;
-  void launch(cudaStream_t stream) const { MOBA_CUDA(cudaGraphLaunch(executable_, stream)); }
-
- private:
-  cudaGraph_t graph_ = nullptr;
-  cudaGraphExec_t executable_ = nullptr;
-};
-
 // Nothing is loaded or allocated that a capture forbids. Means the most in a process of its own.
 TEST_F(CudaDeterminism, GraphsOfFirstCalls) {
   const Case c = cases().front();
@@ -247,7 +214,7 @@ TEST_F(CudaDeterminism, GraphsOfFirstCalls) {
   for (const std::string& family : families(c.problem())) {
     Resident resident(c, data, family);
     resident.upload(data, stream);
-    const Graph graph(resident, false, stream);
+    const Graph graph(stream, [&] { resident.run(false, stream); });
     graph.launch(stream);
     const auto replayed = resident.results(stream);
     resident.upload(data, stream);
@@ -276,7 +243,7 @@ TEST_F(CudaDeterminism, GraphsGiveWhatCallsGive) {
           direct.push_back(resident.results(stream));
         }
         EXPECT_FALSE(direct[0] == direct[1]);
-        const Graph graph(resident, stages, stream);
+        const Graph graph(stream, [&] { resident.run(stages, stream); });
         for (int i = 0; i < 6; ++i) {
           resident.upload(i % 2 == 0 ? first : second, stream);
           graph.launch(stream);

@@ -95,6 +95,14 @@ Inputs Mirror::read(const Inputs& host) {
 
 Outputs Mirror::write(const Outputs& host) { return {write(host.out, "out"), write(host.lse, "lse")}; }
 
+ConstOutputs Mirror::read(const ConstOutputs& host) {
+  return {read(host.out, "results.out"), read(host.lse, "results.lse")};
+}
+
+Gradients Mirror::write(const Gradients& host) {
+  return {write(host.dq, "dq"), write(host.dk, "dk"), write(host.dv, "dv")};
+}
+
 Selection Mirror::read(const Selection& host) {
   return {add(host.ids, "ids", false), add(host.counts, "counts", false), add(host.offsets, "offsets", false),
           add(host.rows, "rows", false)};

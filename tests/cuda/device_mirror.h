@@ -67,6 +67,8 @@ class Mirror {
   Tensor write(const Tensor& host, const std::string& name);
   Inputs read(const Inputs& host);
   Outputs write(const Outputs& host);
+  ConstOutputs read(const ConstOutputs& host);
+  Gradients write(const Gradients& host);
   Selection read(const Selection& host);
   Selection write(const Selection& host);
   void finish();

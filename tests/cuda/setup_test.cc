@@ -1,6 +1,8 @@
 // What a plan of the cuda backend settles, for devices that need not be there.
 #include "cuda/setup.h"
 
+#include <algorithm>
+
 #include "cuda/backend.h"
 #include "support.h"
 
@@ -47,6 +49,34 @@ Plan::Impl planned(const Problem& problem, const DeviceLimits& device, const std
 std::size_t workspace_of(const Plan::Impl& plan) {
   return kAlignment + aligned(plan.scratch_bytes) + plan.q_rotated_bytes + plan.k_rotated_bytes + plan.centroids_bytes +
          plan.selection_bytes;
+}
+
+std::size_t backward_workspace_of(const Plan::Impl& plan) {
+  return kAlignment + aligned(plan.backward_scratch_bytes) + plan.q_rotated_bytes + plan.k_rotated_bytes;
+}
+
+std::string message_of(const Problem& problem, const DeviceLimits& device = kH200, const std::string& family = "",
+                       std::size_t limit = 0) {
+  try {
+    planned(problem, device, family, limit);
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "accepted";
+}
+
+// The limit, or the one that its refusal asks for.
+std::size_t granted(const Problem& problem, const DeviceLimits& device, std::size_t limit) {
+  const std::string message = message_of(problem, device, "", limit), mark = "at least ";
+  if (message == "accepted") return limit;
+  EXPECT_NE(message.find("options.workspace_limit: is "), std::string::npos) << message;
+  const std::size_t at = message.find(mark);
+  return at == std::string::npos ? 0 : std::stoull(message.substr(at + mark.size()));
+}
+
+// What no plan of backward may be able to do without: dk and dv of a key head, in float32.
+std::size_t key_sums(const Problem& problem) {
+  return static_cast<std::size_t>(problem.total_k * problem.head_dim) * 2 * sizeof(float);
 }
 
 TEST(CudaSetup, KernelsFollowTheDeviceAndTheProblem) {
@@ -102,11 +132,16 @@ TEST(CudaSetup, WorkspacesStayWithinTheirLimit) {
     for (const DeviceLimits& device : {kH200, kA100}) {
       const Plan::Impl unlimited = planned(problem, device);
       EXPECT_LE(workspace_of(unlimited), (2048 + 1) * kMiB + unlimited.centroids_bytes);
-      for (const std::size_t limit : {1024 * kMiB, 3000 * kMiB, 8192 * kMiB, 100'000 * kMiB}) {
+      const bool long_keys = key_sums(problem) > 1500 * kMiB;
+      EXPECT_LE(backward_workspace_of(unlimited), (2048 + 1) * kMiB + (long_keys ? key_sums(problem) : 0));
+      for (const std::size_t asked : {1024 * kMiB, 3000 * kMiB, 8192 * kMiB, 100'000 * kMiB}) {
+        const std::size_t limit = granted(problem, device, asked);
+        EXPECT_TRUE(limit == asked || asked < key_sums(problem) + 1024 * kMiB) << asked << ", granted " << limit;
         const Plan::Impl plan = planned(problem, device, "", limit);
         SCOPED_TRACE(::testing::Message()
                      << problem.total_q << " tokens, limit " << limit << ": " << cuda::describe_kernels(plan));
         EXPECT_LE(workspace_of(plan), limit);
+        EXPECT_LE(backward_workspace_of(plan), limit);
         EXPECT_GE(plan.cuda->slab_heads, 1);
         EXPECT_LE(plan.cuda->slab_heads, problem.kv_heads);
         EXPECT_GE(plan.cuda->slab_tokens, 1);
@@ -128,8 +163,8 @@ TEST(CudaSetup, HugeIndexesAreLeftOut) {
     EXPECT_LE(workspace_of(plan), (2048 + 1) * kMiB + plan.centroids_bytes);
     ASSERT_GT(plan.index_workspace_limit, 2048 * kMiB);
     EXPECT_EQ(plan.cuda->index_heads, 0);
-    EXPECT_LE(workspace_of(planned(problem, kH200, "", 1024 * kMiB + plan.centroids_bytes)),
-              1024 * kMiB + plan.centroids_bytes);
+    const std::size_t limit = granted(problem, kH200, 1024 * kMiB + plan.centroids_bytes);
+    EXPECT_LE(workspace_of(planned(problem, kH200, "", limit)), limit);
     const Plan::Impl large = planned(problem, kH200, "", plan.index_workspace_limit);
     EXPECT_EQ(large.index_workspace_limit, 0u);
     EXPECT_GE(large.cuda->index_heads, 1);
@@ -157,28 +192,67 @@ TEST(CudaSetup, RopeNeedsNoLimit) {
   const Plan::Impl plan = planned(p, kH200);
   EXPECT_GT(workspace_of(plan), std::size_t{1 << 20} * 72 * 256);
   EXPECT_LE(workspace_of(plan), std::size_t{1 << 20} * 72 * 256 + plan.centroids_bytes + 2049 * kMiB);
+  EXPECT_GT(backward_workspace_of(plan), std::size_t{1 << 20} * 72 * 256);
+  EXPECT_LE(backward_workspace_of(plan), std::size_t{1 << 20} * 72 * 256 + 2049 * kMiB);
 }
 
-std::string message_of(const Problem& problem, const DeviceLimits& device = kH200, const std::string& family = "",
-                       std::size_t limit = 0) {
-  try {
-    planned(problem, device, family, limit);
-  } catch (const Error& error) {
-    return error.what();
+// What training takes beyond tensors, of a problem of the size that is trained on.
+TEST(CudaSetup, TrainingIsModest) {
+  for (const std::int64_t kv_heads : {16, 4}) {
+    const Problem problem = problem_of(1 << 16, 16, kv_heads, 128, {.block_size = 128, .top_k = 8});
+    const std::size_t selection = Plan(problem, {.threads = 1}).selection_bytes();
+    for (const DeviceLimits& device : {kH200, kA100}) {
+      const Plan::Impl plan = planned(problem, device);
+      EXPECT_LE(selection + std::max(workspace_of(plan), backward_workspace_of(plan)), 1536 * kMiB)
+          << device.name << ", " << kv_heads << " key heads: forward " << workspace_of(plan) << ", backward "
+          << backward_workspace_of(plan) << ", selection " << selection;
+    }
   }
-  return "accepted";
+}
+
+// Whatever the problem is, backward has memory to work in.
+TEST(CudaSetup, BackwardAlwaysHasAWorkspace) {
+  for (const std::int64_t tokens : {0, 1, 127, 4096}) {
+    for (const std::int64_t head_dim : {32, 64, 96, 128, 192, 256}) {
+      for (const std::int64_t block_size : {16, 128, 8192}) {
+        const Problem problem = problem_of(tokens, 8, 2, head_dim, {.block_size = block_size, .top_k = 4});
+        for (const DeviceLimits& device : {kH200, kA100, kB200, kRtx}) {
+          const Plan::Impl plan = planned(problem, device);
+          EXPECT_GT(backward_workspace_of(plan), kAlignment);
+          EXPECT_LE(backward_workspace_of(plan), 2049 * kMiB);
+        }
+      }
+    }
+  }
 }
 
 // Some tokens of a key head, the units of dense() and, where that is not much, the counts of index().
 TEST(CudaSetup, SmallLimitsAreKeptOrRefused) {
   for (const std::int64_t kv_heads : {1, 2, 16}) {
     const Problem problem = problem_of(1 << 20, 16, kv_heads, 128, {.block_size = 128, .top_k = 8});
-    const std::string message = message_of(problem, kH200, "", kMiB), mark = "at least ";
-    ASSERT_NE(message.find(mark), std::string::npos) << message;
-    const std::size_t least = std::stoull(message.substr(message.find(mark) + mark.size()));
+    const std::size_t least = granted(problem, kH200, kMiB);
     EXPECT_GT(least, kMiB);
     for (const std::size_t limit : {least, least + 1, least + kMiB, 2 * least}) {
-      EXPECT_LE(workspace_of(planned(problem, kH200, "", limit)), limit);
+      const Plan::Impl plan = planned(problem, kH200, "", limit);
+      EXPECT_LE(workspace_of(plan), limit);
+      EXPECT_LE(backward_workspace_of(plan), limit);
+    }
+  }
+}
+
+// Limits that would do for forward: kept by backward too, or refused in one line that says what would do for both.
+TEST(CudaSetup, LimitsTooSmallForBackwardAreRefused) {
+  for (const std::int64_t tokens : {1000, 1 << 16, 1 << 20}) {
+    for (const DeviceLimits& device : {kH200, kA100}) {
+      const Problem problem = problem_of(tokens, 16, 2, 128, {.block_size = 512, .top_k = 8});
+      for (std::size_t limit = kMiB / 4; limit <= 4096 * kMiB; limit *= 2) {
+        const std::string message = message_of(problem, device, "", limit);
+        EXPECT_EQ(message.find('\n'), std::string::npos) << message;
+        const std::size_t least = granted(problem, device, limit);
+        EXPECT_GE(least, limit);
+        EXPECT_EQ(message_of(problem, device, "", least), "accepted");
+        EXPECT_LE(backward_workspace_of(planned(problem, device, "", least)), least) << tokens << ", limit " << limit;
+      }
     }
   }
 }

@@ -21,6 +21,13 @@ __device__ __forceinline__ void load_matrix_x4_transposed(std::uint32_t (&r)[4],
                : "r"(address)
                : "memory");
 }
+// sm_90: stores four 8x8 tiles, transposed; lane i gives the address of row i % 8 of tile i / 8 as it will stand.
+__device__ __forceinline__ void store_matrix_x4_transposed(std::uint32_t address, std::uint32_t r0, std::uint32_t r1,
+                                                           std::uint32_t r2, std::uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r0),
+               "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
 
 // d [16, 8] += a [16, 16] b [16, 8]. Lane 4r + c holds columns 2c, 2c + 1 of rows r (d[0], d[1]) and r + 8 (d[2],
 // d[3]).

@@ -60,27 +60,29 @@ __device__ __forceinline__ std::uint64_t descriptor(std::uint32_t low_word) {
       "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), \
       "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
 
-#define MOBA_WGMMA_SHARED(N, REGISTERS, ACCUMULATORS, TYPE, A, B, P)                                              \
+#define MOBA_WGMMA_SHARED(N, REGISTERS, ACCUMULATORS, TYPE, A, B, P, MAJOR)                                       \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE \
-               "." TYPE " " REGISTERS ", %" A ", %" B ", p, 1, 1, 0, 0;\n}"                                       \
+               "." TYPE " " REGISTERS ", %" A ", %" B ", p, 1, 1, 0, %" MAJOR ";\n}"                              \
                : ACCUMULATORS                                                                                     \
-               : "l"(descriptor(a)), "l"(descriptor(b)), "r"(static_cast<int>(accumulate)))
+               : "l"(descriptor(a)), "l"(descriptor(b)), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kMajor)))
 
-// a and b K-major in shared memory, as low words of descriptors. Without `accumulate` d is overwritten.
-template <class T>
+enum Major { kMajorK = 0, kMajorN = 1 };
+
+// a K-major and b as said, in shared memory, as low words of descriptors. Without `accumulate` d is overwritten.
+template <class T, Major kMajor = kMajorK>
 __device__ __forceinline__ void wgmma(float (&d)[64], std::uint32_t a, std::uint32_t b, bool accumulate) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    MOBA_WGMMA_SHARED("128", MOBA_REGISTERS_64, MOBA_ACCUMULATORS_64, "bf16", "64", "65", "66");
+    MOBA_WGMMA_SHARED("128", MOBA_REGISTERS_64, MOBA_ACCUMULATORS_64, "bf16", "64", "65", "66", "67");
   } else {
-    MOBA_WGMMA_SHARED("128", MOBA_REGISTERS_64, MOBA_ACCUMULATORS_64, "f16", "64", "65", "66");
+    MOBA_WGMMA_SHARED("128", MOBA_REGISTERS_64, MOBA_ACCUMULATORS_64, "f16", "64", "65", "66", "67");
   }
 }
-template <class T>
+template <class T, Major kMajor = kMajorK>
 __device__ __forceinline__ void wgmma(float (&d)[32], std::uint32_t a, std::uint32_t b, bool accumulate) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    MOBA_WGMMA_SHARED("64", MOBA_REGISTERS_32, MOBA_ACCUMULATORS_32, "bf16", "32", "33", "34");
+    MOBA_WGMMA_SHARED("64", MOBA_REGISTERS_32, MOBA_ACCUMULATORS_32, "bf16", "32", "33", "34", "35");
   } else {
-    MOBA_WGMMA_SHARED("64", MOBA_REGISTERS_32, MOBA_ACCUMULATORS_32, "f16", "32", "33", "34");
+    MOBA_WGMMA_SHARED("64", MOBA_REGISTERS_32, MOBA_ACCUMULATORS_32, "f16", "32", "33", "34", "35");
   }
 }
 

@@ -1,0 +1,113 @@
+// What a plan settles for backward: its kernel, how much of the work is done at a time, and the memory of that.
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/setup.h"
+
+namespace moba::cuda {
+namespace {
+
+constexpr std::int64_t kTokenStep = 128;  // slabs of part of the tokens are cut at multiples of this
+
+// What is done at a time: parts of every block for some rows. Tokens and parts are all there are, or part of them.
+struct Portion {
+  std::int64_t heads, tokens, parts;
+};
+
+// Rows of one unit: many, since what a unit adds up has to be stored, but so few that each multiprocessor has several
+// units, and that those of one key head are worth about the same as all the others of it together.
+int rows_per_unit(const Shape& s, double rows) {
+  constexpr double kUnitsPerSm = 8;
+  return static_cast<int>(std::clamp(rows / (kUnitsPerSm * s.sm_count), 1024.0, 4096.0) / 64) * 64;
+}
+
+std::size_t bytes_of(const Setup& setup, BackwardSetup backward, const Portion& portion) {
+  backward.slab_heads = static_cast<int>(portion.heads);
+  backward.slab_tokens = static_cast<int>(portion.tokens);
+  backward.parts = static_cast<int>(portion.parts);
+  Carver carver;
+  BatchMemory(carver, setup.shape);
+  RopeMemory(carver, setup);
+  BackwardMemory(carver, setup, backward);
+  return carver.used();
+}
+
+// As much at a time as `limit` allows, in about equal portions: whole key heads, else all rows and parts of the blocks
+// of one, else some rows and one part of each block. Returns the bytes, which are more than the limit only where there
+// is no choice.
+std::size_t choose_portions(const Setup& setup, BackwardSetup& backward, std::size_t limit) {
+  const std::int64_t tokens = std::max(1, setup.shape.total_q), heads = setup.shape.kv_heads;
+  const std::int64_t parts = backward.all_parts, steps = ceil_div(tokens, kTokenStep);
+  const auto fits = [&](std::int64_t h, std::int64_t t, std::int64_t p) {
+    return bytes_of(setup, backward, {h, std::min(t, tokens), p}) <= limit;
+  };
+  Portion chosen{1, tokens, 1};
+  if (const auto most = largest(heads, [&](std::int64_t n) { return fits(n, tokens, parts); }); most > 0) {
+    chosen = {ceil_div(heads, ceil_div(heads, most)), tokens, parts};
+  } else if (const auto most_parts = largest(parts, [&](std::int64_t n) { return fits(1, tokens, n); });
+             most_parts > 0) {
+    chosen.parts = ceil_div(parts, ceil_div(parts, most_parts));
+  } else {
+    const auto most_steps =
+        std::max<std::int64_t>(1, largest(steps, [&](std::int64_t n) { return fits(1, n * kTokenStep, 1); }));
+    chosen.tokens = std::min(tokens, ceil_div(steps, ceil_div(steps, most_steps)) * kTokenStep);
+    // The sums of keys over slabs may take more than slabs save.
+    if (bytes_of(setup, backward, {1, tokens, 1}) <= bytes_of(setup, backward, chosen)) chosen.tokens = tokens;
+  }
+  backward.slab_heads = static_cast<int>(chosen.heads);
+  backward.slab_tokens = static_cast<int>(chosen.tokens);
+  backward.parts = static_cast<int>(chosen.parts);
+  return bytes_of(setup, backward, chosen);
+}
+
+}  // namespace
+
+BackwardMemory::BackwardMemory(Carver& carver, const Setup& setup, const BackwardSetup& backward) {
+  const Shape& s = setup.shape;
+  const Slab slab{0, backward.slab_heads, 0, backward.slab_tokens};
+  const bool sums_keys = backward.slab_tokens < s.total_q;
+  const Pass pass{backward.rows_per_unit, backward.part_keys, 0, backward.parts, !sums_keys};
+  const std::int64_t rows = std::int64_t{slab.heads} * slab.tokens * s.group;
+  const std::int64_t entries = backward.dense ? rows : rows * s.slots;
+  if (!backward.dense) {
+    index.offsets = carver.take<std::int64_t>(std::int64_t{slab.heads} * s.max_blocks + 1);
+    index.rows = carver.take<std::int32_t>(entries);
+    index.positions = carver.take<std::int32_t>(entries);
+    index_scratch = carver.take<std::byte>(static_cast<std::int64_t>(index_scratch_bytes(s, slab)));
+  }
+  units.units = carver.take<Unit>(backward.dense ? dense_backward_unit_capacity(s, slab, pass)
+                                                 : backward_unit_capacity(s, slab, pass));
+  units.counters = carver.take<std::int32_t>(2);
+  const ShareCapacity most = backward.dense ? dense_share_capacity(s, slab, pass) : share_capacity(s, slab, pass);
+  share_list.splits = carver.take<Split>(most.splits);
+  share_list.counters = carver.take<std::int32_t>(2);
+  shares = carver.take<float>(most.shares * 2 * backward.part_keys * s.head_dim);
+  values.lse = carver.take<float>(row_value_count(s, slab));
+  values.delta = carver.take<float>(row_value_count(s, slab));
+  part_stride = entries;
+  dq = carver.take<std::uint16_t>(entries * backward.parts * s.head_dim);
+  if (backward.parts < backward.all_parts) query_totals = carver.take<float>(rows * s.head_dim);
+  if (sums_keys) {
+    key_totals.dk = carver.take<float>(std::int64_t{s.total_k} * s.head_dim);
+    key_totals.dv = carver.take<float>(std::int64_t{s.total_k} * s.head_dim);
+  }
+}
+
+std::size_t prepare_backward(Setup& setup, const Plan::Impl& plan, bool sm90, std::size_t limit) {
+  const Shape& s = setup.shape;
+  const std::int64_t longest = std::max<std::int64_t>(1, plan.problem.max_seqlen_k);
+  setup.backward = sm90 ? BackwardKernel::sm90 : BackwardKernel::portable;
+  BackwardSetup& chosen = setup.chosen_backward;
+  BackwardSetup& dense = setup.dense_backward;
+  chosen.part_keys = dense.part_keys = sm90 ? kSm90PartKeys : portable_part_keys(s.head_dim);
+  chosen.all_parts =
+      static_cast<int>(ceil_div(std::min<std::int64_t>(s.block_size, longest), std::int64_t{chosen.part_keys}));
+  dense.all_parts = static_cast<int>(ceil_div(longest, std::int64_t{dense.part_keys}));
+  dense.dense = true;
+  const double rows = static_cast<double>(s.total_q) * s.q_heads;
+  chosen.rows_per_unit = rows_per_unit(s, rows * s.slots);
+  dense.rows_per_unit = rows_per_unit(s, rows * dense.all_parts);
+  return std::max(choose_portions(setup, chosen, limit), choose_portions(setup, dense, limit));
+}
+
+}  // namespace moba::cuda

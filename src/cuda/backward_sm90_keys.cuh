@@ -1,0 +1,247 @@
+// A key warpgroup of backward_sm90.cu: S^T, dP^T, dV and dK of 64 keys. Of a tile's transposed matrices [64 keys, 64
+// rows], and of dK and dV [64 keys, d], warp w has the keys 16w to 16w + 15; its lane 4r + c has the columns 8j + 2c
+// and
+// + 1 of two keys: of key r in x[4j], x[4j + 1], of key r + 8 in x[4j + 2], x[4j + 3].
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/backward_sm90_shared.cuh"
+#include "cuda/lanes.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/math.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/visible_keys.cuh"
+
+namespace moba::cuda::gradient {
+
+inline constexpr int kGroupKeys = 64;
+
+// A sum [64 keys, d] times `factor`, as rows of 16-bit elements or of floats; `to` is that of key r, `pitch` elements
+// from a key to the next. Keys from `keys` on, counted from key r, are not written.
+template <class T, int n>
+__device__ __forceinline__ void store_final(const float (&sum)[n], float factor, std::uint16_t* to, std::int64_t pitch,
+                                            int keys) {
+  const int c = threadIdx.x % 4;
+#pragma unroll
+  for (int m = 0; m < n / 16; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      std::uint32_t words[4];
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        const int i = 16 * m + 4 * x + 2 * half;
+        words[x] = ptx::pack<T>(sum[i] * factor, sum[i + 1] * factor);
+      }
+      quad_transpose(words, c);
+      if (8 * half >= keys) continue;
+      *reinterpret_cast<uint4*>(to + 8 * half * pitch + 32 * m + 8 * c) =
+          make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+}
+
+template <int n>
+__device__ __forceinline__ void store_share(const float (&sum)[n], float factor, float* to, int keys) {
+  constexpr int d = 2 * n;
+  const int c = threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < n / 4; ++j) {
+    if (keys > 0) {
+      __stcs(reinterpret_cast<float2*>(to + 8 * j + 2 * c), make_float2(sum[4 * j] * factor, sum[4 * j + 1] * factor));
+    }
+    if (keys > 8) {
+      __stcs(reinterpret_cast<float2*>(to + 8 * d + 8 * j + 2 * c),
+             make_float2(sum[4 * j + 2] * factor, sum[4 * j + 3] * factor));
+    }
+  }
+}
+
+// The sums of a unit, of which this lane's first key is key `key`.
+template <class T, int d>
+__device__ __forceinline__ void store_sums(const Arguments& arguments, const Unit& unit, int key,
+                                           const float (&dk)[d / 2], const float (&dv)[d / 2]) {
+  const int keys = unit.keys - key;
+  if (unit.share >= 0) {
+    constexpr std::int64_t kSums = std::int64_t{kSm90PartKeys} * d;
+    float* to = arguments.shares + unit.share * (2 * kSums) + key * d;
+    store_share(dk, arguments.scale, to, keys);
+    store_share(dv, 1, to + kSums, keys);
+    return;
+  }
+  const std::int64_t token = unit.key_begin + key;
+  const auto row_of = [&](const View<void>& view) {
+    return static_cast<std::uint16_t*>(view.data) + token * view.token_stride + unit.head * view.head_stride;
+  };
+  store_final<T>(dk, arguments.scale, row_of(arguments.dk), arguments.dk.token_stride, keys);
+  store_final<T>(dv, 1, row_of(arguments.dv), arguments.dv.token_stride, keys);
+}
+
+// S^T -> P^T = exp2(factor S^T - lse), `lse` being that of row 2c of the tile in shared memory.
+__device__ __forceinline__ void weigh(float (&s)[32], float factor, std::uint32_t lse) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float2 offset = ptx::load_shared_pair(lse + j * 32);
+    s[4 * j] = ptx::exp2_approx(s[4 * j] * factor - offset.x);
+    s[4 * j + 1] = ptx::exp2_approx(s[4 * j + 1] * factor - offset.y);
+    s[4 * j + 2] = ptx::exp2_approx(s[4 * j + 2] * factor - offset.x);
+    s[4 * j + 3] = ptx::exp2_approx(s[4 * j + 3] * factor - offset.y);
+  }
+}
+
+// P^T is 0 where a row does not see this lane's keys, `key` and `key` + 8; `row` is row 2c of the tile.
+__device__ __forceinline__ void mask_weights(float (&p)[32], const Arguments& arguments, const Unit& unit, int key,
+                                             int row) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int visible = visible_keys(unit, row + 8 * j + i, arguments.rows, arguments.by_group);
+      if (key >= visible) p[4 * j + i] = 0;
+      if (key + 8 >= visible) p[4 * j + 2 + i] = 0;
+    }
+  }
+}
+
+// P^T, as packed for dV, and dP^T -> dS^T = P^T (dP^T - delta), packed.
+template <class T>
+__device__ __forceinline__ void slopes(std::uint32_t (&ds)[16], const std::uint32_t (&p)[16], const float (&dp)[32],
+                                       std::uint32_t delta) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float2 offset = ptx::load_shared_pair(delta + j * 32);
+    const float2 p0 = ptx::unpack<T>(p[2 * j]), p1 = ptx::unpack<T>(p[2 * j + 1]);
+    ds[2 * j] = ptx::pack<T>(p0.x * (dp[4 * j] - offset.x), p0.y * (dp[4 * j + 1] - offset.y));
+    ds[2 * j + 1] = ptx::pack<T>(p1.x * (dp[4 * j + 2] - offset.x), p1.y * (dp[4 * j + 3] - offset.y));
+  }
+}
+
+// [64 keys, 64 rows] = A [64 keys, d] B^T, both K-major: K Q^T or V dO^T.
+template <class T, int d>
+__device__ __forceinline__ void issue_transposed(float (&product)[32], std::uint32_t keys, std::uint32_t rows) {
+  using L = Layout<d>;
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < d / 16; ++k) {
+    ptx::wgmma<T>(product, keys + k / 4 * (L::kKeyBand / 16) + k % 4 * 2,
+                  rows + k / 4 * (L::kTileBand / 16) + k % 4 * 2, k > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// sum [64 keys, d] (+)= weights [64 keys, 64 rows] rows [64 rows, d]: P^T dO or dS^T Q.
+template <class T, int n>
+__device__ __forceinline__ void issue_sum(float (&sum)[n], const std::uint32_t (&weights)[16], std::uint32_t rows,
+                                          bool accumulate) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kTileRows / 16; ++k) {
+    ptx::wgmma_registers<T>(sum, weights[4 * k], weights[4 * k + 1], weights[4 * k + 2], weights[4 * k + 3],
+                            rows + k * kBandBytes, accumulate || k > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// Order of a tile t: dV(t), dP(t); wait; dS(t); S(t + 1), dK(t); dS(t) to shared memory; wait for S(t + 1); P(t + 1)
+// under dK(t). The next tile may be of the next unit, whose keys are in the other stage already. No product is in
+// flight at the loop's head: ptxas serialises all of them if a loop carries one over.
+template <class T, int d>
+__device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::uint32_t base, const Unit* ring,
+                                              int group) {
+  using L = Layout<d>;
+  const int t = threadIdx.x % 128, lane = t % 32, warp = __shfl_sync(kAllLanes, t / 32, 0), c = lane % 4;
+  const int key = group * kGroupKeys + warp * 16 + lane / 4;
+  const std::uint32_t group_keys = ptx::operand(base + group * kGroupKeys * kBandBytes);
+  const std::uint32_t q_rows = ptx::operand(base + L::kQ), q_columns = ptx::operand(base + L::kQ, L::kTileBand);
+  const std::uint32_t dout_rows = ptx::operand(base + L::kDO), dout_columns = ptx::operand(base + L::kDO, L::kTileBand);
+  // Lane l stores row l % 8 of 8x8 tile l / 8: keys 8 (l / 8 % 2) on, rows 8 (l / 16) on.
+  const int stored_row = lane % 8 + lane / 16 * 8;
+  const std::uint32_t ds_to =
+      base + L::kDS + group * L::kTileBand + swizzled(kBandBytes, stored_row, 2 * warp + lane / 8 % 2);
+  float dk[d / 2], dv[d / 2], s[32];  // s: S^T, P^T, then dP^T
+  std::uint32_t p[16], ds[16];
+
+  int n = 0, tile = 0, tiles, mask_rows;  // tiles 0: no more units. Tiles from row mask_rows on see all keys
+  const auto wait_unit = [&] {
+    ptx::barrier_wait(base + L::kKeyFull + (n & 1) * 8, (n >> 1) & 1);
+    const Unit& unit = ring[n & 1];
+    mask_rows = unit.keys < L::kKeys ? unit.rows : unit.masked;
+    tiles = (unit.rows + kTileRows - 1) / kTileRows;
+  };
+  Stage<L::kQStages> q(0);
+  Stage<L::kDOStages> dout(0);
+  const auto values = [&](int stage) { return base + L::kValues + stage * L::kValueBytes + c * 8; };
+  const auto issue_scores = [&] {
+    issue_transposed<T, d>(s, group_keys + (n & 1) * (L::kKeyStage / 16), q_rows + q.number * (L::kTileBytes / 16));
+  };
+  const auto finish_weights = [&] {
+    weigh(s, arguments.factor, values(q.number));
+    if (tile * kTileRows < mask_rows) mask_weights(s, arguments, ring[n & 1], key, tile * kTileRows + 2 * c);
+  };
+  const auto pack_weights = [&] {
+#pragma unroll
+    for (int j = 0; j < 16; ++j) p[j] = ptx::pack<T>(s[2 * j], s[2 * j + 1]);
+  };
+
+  wait_unit();
+  if (tiles == 0) return;
+  ptx::barrier_wait(base + L::kQFull, 0);
+  ptx::fence_async_proxy();
+  issue_scores();
+  ptx::wgmma_wait<0>();
+  ptx::pin(s);
+  finish_weights();
+  pack_weights();
+  int ds_parity = 1;
+  do {
+    const int unit_number = n, q_stage = q.number, dout_stage = dout.number;
+    const bool accumulate = tile > 0;
+    ptx::barrier_wait(base + L::kDOFull + dout_stage * 8, dout.parity);
+    ptx::fence_async_proxy();
+    issue_sum<T>(dv, p, dout_columns + dout_stage * (L::kTileBytes / 16), accumulate);
+    issue_transposed<T, d>(s, group_keys + (n & 1) * (L::kKeyStage / 16) + L::kKeyBytes / 16,
+                           dout_rows + dout_stage * (L::kTileBytes / 16));
+    q.next();
+    dout.next();
+    if (++tile == tiles) {
+      tile = 0, ++n;
+      wait_unit();
+    }
+    ptx::wgmma_wait<0>();
+    ptx::pin(s);
+    ptx::barrier_arrive_if(lane == 0, base + L::kDOEmpty + dout_stage * 8);
+    slopes<T>(ds, p, s, values(q_stage) + kTileRows * 4);
+    if (tiles > 0) ptx::barrier_wait(base + L::kQFull + q.number * 8, q.parity);
+    ptx::fence_async_proxy();
+    issue_scores();  // behind the last tile a product that nobody reads
+    issue_sum<T>(dk, ds, q_columns + q_stage * (L::kTileBytes / 16), accumulate);
+    ptx::barrier_wait(base + L::kDSEmpty, ds_parity);
+    ds_parity ^= 1;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      ptx::store_matrix_x4_transposed(ds_to + j * 16 * kBandBytes, ds[4 * j], ds[4 * j + 1], ds[4 * j + 2],
+                                      ds[4 * j + 3]);
+    }
+    ptx::fence_async_proxy();
+    __syncwarp();
+    ptx::barrier_arrive_if(lane == 0, base + L::kDSFull);
+    ptx::wgmma_wait<1>();
+    ptx::pin(s);
+    finish_weights();
+    ptx::wgmma_wait<0>();
+    pack_weights();  // into the registers that dV read
+    ptx::barrier_arrive_if(lane == 0, base + L::kQEmpty + q_stage * 8);
+    if (tile == 0) {
+      const Unit unit = ring[unit_number & 1];
+      __syncwarp();
+      ptx::barrier_arrive_if(lane == 0, base + L::kKeyEmpty + (unit_number & 1) * 8);
+      ptx::pin(dk);
+      ptx::pin(dv);
+      store_sums<T, d>(arguments, unit, key, dk, dv);
+    }
+  } while (tiles > 0);
+}
+
+}  // namespace moba::cuda::gradient

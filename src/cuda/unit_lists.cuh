@@ -1,0 +1,189 @@
+// How lists of rows are cut into units of nearly equal size, those of a key head written long ones first, so that the
+// SMs run out of work together.
+//
+// There is no scratch memory: every CTA counts all lists anew (64 KB of offsets at 16 heads x 512 blocks, from L2) to
+// know where its own units go. Within a class of size the order is that of atomic counters; no result depends on it.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/contract.h"
+#include "cuda/divide.cuh"
+#include "cuda/lanes.cuh"
+#include "cuda/launch.h"
+#include "cuda/scan.cuh"
+
+namespace moba::cuda::cutting {
+
+inline constexpr int kThreads = 1024;
+inline constexpr int kClasses = 64;       // of size, the largest first
+inline constexpr int kTile = 64;          // rows; units but the last of a list are whole tiles
+inline constexpr int kListsPerCta = 128;  // at least
+
+// How a list is cut: units - 1 of `step` rows and one of `last` rows.
+struct Cut {
+  int units, step, last;
+};
+
+__device__ __forceinline__ Cut cut(int rows, int rows_per_unit) {
+  if (rows <= rows_per_unit) return {rows > 0 ? 1 : 0, rows, rows};
+  const unsigned n = static_cast<unsigned>(rows), most = static_cast<unsigned>(rows_per_unit);
+  const unsigned pieces = (n + most - 1) / most;
+  const unsigned step = ((n + pieces - 1) / pieces + kTile - 1) / kTile * kTile, units = (n + step - 1) / step;
+  return {static_cast<int>(units), static_cast<int>(step), static_cast<int>(n - (units - 1) * step)};
+}
+
+__device__ __forceinline__ int class_of(int rows, int rows_per_unit) {
+  const int width = max(kTile, (rows_per_unit + kClasses - 1) / kClasses);
+  return (rows_per_unit - rows) / width;
+}
+
+// Turns counts of classes into the place of the first unit of each: classes in order, `base` before all.
+__device__ __forceinline__ void scan_classes(const int* counts, int base, int* first) {
+  if (threadIdx.x < 32) {
+    const int lane = static_cast<int>(threadIdx.x);
+    int before;
+    const int low = scan_warp(counts[lane], &before), high = scan_warp<int>(counts[lane + 32], nullptr);
+    first[lane] = base + low;
+    first[lane + 32] = base + before + high;
+  }
+}
+
+// What cut_lists() cuts: `count` lists of each of `heads` key heads. whole(head, i) is list i of a head of the slab as
+// one unit, rows(head, i) how many rows it has, which may be 0.
+struct ListsOfHeads {
+  int head_begin, heads, count;
+  int group, rows_per_unit;
+  bool causal;
+  std::int64_t capacity;  // units
+};
+
+// Unit u of a list that is cut, from the whole. `row_ids` null: all rows are consecutive.
+__device__ __forceinline__ Unit piece_of(const Unit& whole, const Cut& c, int u, const std::int32_t* row_ids) {
+  Unit unit = whole;
+  const int before = u * c.step;
+  unit.first += before;
+  unit.rows = u == c.units - 1 ? c.last : c.step;
+  unit.masked = min(max(whole.masked - before, 0), unit.rows);
+  if (row_ids == nullptr) {
+    unit.row0 += before;
+  } else if (unit.masked > 0 && whole.row0 >= 0) {
+    unit.row0 += before;
+  } else if (unit.masked > 0) {
+    const int row = row_ids[unit.first];
+    if (row_ids[unit.first + unit.masked - 1] - row == unit.masked - 1) unit.row0 = row;
+  }
+  return unit;
+}
+
+// Where the units of a list put dk and dv. -1: in their final place.
+__device__ __forceinline__ int first_share(const ShareList& list, bool direct, const Unit& whole, int units) {
+  if (list.counters == nullptr || (direct && units == 1)) return -1;
+  const int first = atomicAdd(list.counters, units);
+  list.splits[atomicAdd(list.counters + 1, 1)] = {first, units, whole.head, whole.key_begin, whole.keys};
+  return first;
+}
+
+// Grid: (parts of the lists, heads). `row_ids` as in piece_of; `direct` as in Pass.
+template <class Lists>
+__global__ void __launch_bounds__(kThreads, 1)
+    cut_lists(Lists lists, const std::int32_t* row_ids, UnitList list, ShareList share_list, bool direct) {
+  __shared__ int counts[kClasses], mine[kClasses], next[kClasses], units_before, units_behind;
+  const int head = static_cast<int>(blockIdx.y), thread = static_cast<int>(threadIdx.x);
+  const int n = lists.count, per_part = (n + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+  const int begin = min(n, static_cast<int>(blockIdx.x) * per_part), end = min(n, begin + per_part);
+  if (thread < kClasses) counts[thread] = mine[thread] = 0;
+  if (thread == 0) units_before = units_behind = 0;
+  __syncthreads();
+
+  const auto cut_of = [&](int h, int i) { return cut(lists.rows(h, i), lists.rows_per_unit); };
+  const auto count_units = [&](int first_head, int last_head, int* total) {
+    if (n == 0) return;
+    int sum = 0;
+    const int more_heads = kThreads / n, more_lists = kThreads - more_heads * n;
+    int h = first_head + thread / n, i = thread % n;
+#pragma unroll 8
+    while (h < last_head) {
+      sum += cut_of(h, i).units;
+      h += more_heads, i += more_lists;
+      if (i >= n) ++h, i -= n;
+    }
+    sum = __reduce_add_sync(kAllLanes, sum);
+    if (sum != 0 && thread % 32 == 0) atomicAdd(total, sum);
+  };
+  // Heads before this one; behind it only the first CTA counts, to know the sum of all.
+  count_units(0, head, &units_before);
+  const bool counts_all = blockIdx.x == 0 && head == 0;
+  if (counts_all) count_units(1, lists.heads, &units_behind);
+  // This head: all units by class, and those of the lists before this part.
+  for (int i = thread; i < n; i += kThreads) {
+    const Cut c = cut_of(head, i);
+    if (c.units == 0) continue;
+    const int last = class_of(c.last, lists.rows_per_unit);
+    atomicAdd(&counts[last], 1);
+    if (i < begin) atomicAdd(&mine[last], 1);
+    if (c.units > 1) {
+      const int whole = class_of(c.step, lists.rows_per_unit);
+      atomicAdd(&counts[whole], c.units - 1);
+      if (i < begin) atomicAdd(&mine[whole], c.units - 1);
+    }
+  }
+  __syncthreads();
+  scan_classes(counts, units_before, next);
+  if (counts_all && thread < 32) {
+    int low, high;
+    scan_warp(counts[thread], &low);
+    scan_warp(counts[thread + 32], &high);
+    if (thread == 0) {
+      list.counters[0] = 0;
+      list.counters[1] = static_cast<int>(min(lists.capacity, static_cast<std::int64_t>(low) + high + units_behind));
+    }
+  }
+  __syncthreads();
+  if (thread < kClasses) next[thread] += mine[thread];
+  __syncthreads();
+
+  for (int i = begin + thread; i < end; i += kThreads) {
+    const Cut c = cut_of(head, i);
+    if (c.units == 0) continue;
+    const Unit all = lists.whole(head, i);
+    const int share = first_share(share_list, direct, all, c.units);
+    int place = c.units > 1 ? atomicAdd(&next[class_of(c.step, lists.rows_per_unit)], c.units - 1) : 0;
+    for (int u = 0; u < c.units; ++u, ++place) {
+      if (u == c.units - 1) place = atomicAdd(&next[class_of(c.last, lists.rows_per_unit)], 1);
+      Unit unit = piece_of(all, c, u, row_ids);
+      unit.share = share < 0 ? -1 : share + u;
+      if (place < lists.capacity) list.units[place] = unit;
+    }
+  }
+}
+
+// ---- Host ----
+
+// `rows` rows in at most `lists` lists: a list of c > 0 rows has at most (c - 1) / rows_per_unit + 1 units.
+inline std::int64_t most_units(std::int64_t lists, std::int64_t rows, int rows_per_unit) {
+  const std::int64_t filled = std::min(lists, rows);
+  return filled + (rows - filled) / rows_per_unit;
+}
+
+// What a pass of backward has to cut: lists, and rows in all of them.
+struct Total {
+  std::int64_t lists, rows;
+};
+// Lists of more than rows_per_unit rows are cut, into at most rows / rows_per_unit + 1 units each.
+inline ShareCapacity shares_of(const Total& total, const Pass& pass) {
+  if (!pass.direct) return {most_units(total.lists, total.rows, pass.rows_per_unit), std::min(total.lists, total.rows)};
+  const std::int64_t cut = std::min(total.lists, total.rows / (pass.rows_per_unit + 1));
+  return {total.rows / pass.rows_per_unit + cut, cut};
+}
+
+template <class Lists>
+void launch_cut(const Lists& lists, int sm_count, const std::int32_t* row_ids, const UnitList& list,
+                const ShareList& shares, bool direct, cudaStream_t stream) {
+  const int wanted = divide_up(lists.count, kListsPerCta);
+  const int parts = std::clamp(wanted, 1, std::max(1, 2 * sm_count / std::max(1, lists.heads)));
+  launch(cut_lists<Lists>, dim3(parts, std::max(1, lists.heads)), kThreads, 0, stream, lists, row_ids, list, shares,
+         direct);
+}
+
+}  // namespace moba::cuda::cutting
