@@ -36,12 +36,15 @@ class Figures {
   void all_of(const CudaProblem& problem) {
     CudaWorkload workload(problem, stream_);
     const std::string& name = problem.name;
-    std::fprintf(stderr, "\n%s: %s\n%-8s %10s %10s %10s %10s\n", name.c_str(), workload.plan.kernels().c_str(), "stage",
-                 "ms", "TFLOP/s", "GB/s", "roofline");
+    std::fprintf(stderr, "\n%s: %s\n%-17s %10s %10s %10s %10s\n", name.c_str(), workload.plan.kernels().c_str(),
+                 "stage", "ms", "TFLOP/s", "GB/s", "roofline");
     const auto work = amounts(workload.plan, problem.starts);
-    const auto time = [&](const Work& call) {
+    const auto time = [&](const Work& call, const std::string& of = "") {
       std::vector<StageTime> times = rested(stream_, call);
-      for (const StageTime& stage : times) print(name, stage, work);
+      for (StageTime& stage : times) {
+        stage.name = of + stage.name;
+        print(name, stage, work);
+      }
       return times;
     };
 
@@ -60,6 +63,7 @@ class Figures {
       workload.result();
       figure(name + ".dense_over_forward", dense_ms / ms, "ratio");
     }
+    training(workload, problem, time);
     figure(name + ".workspace", static_cast<double>(workload.plan.workspace_bytes()) / (1 << 20), "MiB");
     forward_ms_[name] = ms;
     if (const auto other = forward_ms_.find(problem.ratio_to); other != forward_ms_.end()) {
@@ -68,10 +72,42 @@ class Figures {
   }
 
  private:
+  // The figures of backward, and of forward and backward together. `time` as in all_of.
+  template <class Time>
+  void training(CudaWorkload& workload, const CudaProblem& problem, const Time& time) {
+    const std::string& name = problem.name;
+    const Work both = [&](Marks& marks) { workload.training(marks); };
+    const Work backward = [&](Marks& marks) { workload.backward(marks); };
+    time(both);  // first: the others read the selection
+    const Digest whole = workload.gradients();
+    const double ms = time(backward).front().ms;
+    if (with_steady_) {
+      figure(name + ".training_steady", steady(stream_, both), "ms");
+      figure(name + ".backward_steady", steady(stream_, backward), "ms");
+    }
+    if (problem.stages) {
+      time([&](Marks& marks) { workload.staged_backward(marks); }, "backward_");
+      if (workload.gradients() != whole) {
+        throw std::runtime_error(name + ": backward and its stages one by one give different bits");
+      }
+    }
+    if (problem.dense) {
+      Marks before(stream_);
+      workload.dense(before);
+      time([&](Marks& marks) { workload.dense_backward(marks); });
+      workload.gradients();
+    }
+    figure(name + ".training_memory", static_cast<double>(workload.training_bytes()) / (1 << 20), "MiB");
+    backward_ms_[name] = ms;
+    if (const auto other = backward_ms_.find(problem.ratio_to); other != backward_ms_.end()) {
+      figure(name + ".backward_over_" + problem.ratio_to, ms / other->second, "ratio");
+    }
+  }
+
   void print(const std::string& problem, const StageTime& stage, const std::map<std::string, Amount>& work) const {
     const std::string name = problem + "." + stage.name;
     figure(name, stage.ms, "ms");
-    std::fprintf(stderr, "%-8s %10.4f", stage.name.c_str(), stage.ms);
+    std::fprintf(stderr, "%-17s %10.4f", stage.name.c_str(), stage.ms);
     const auto known = work.find(stage.name);
     if (known == work.end()) return static_cast<void>(std::fprintf(stderr, "\n"));
     const Amount& amount = known->second;
@@ -103,7 +139,7 @@ class Figures {
   std::optional<Roofline> roofline_;
   bool with_steady_;
   cudaStream_t stream_;
-  std::map<std::string, double> forward_ms_;
+  std::map<std::string, double> forward_ms_, backward_ms_;
 };
 
 std::vector<CudaProblem> chosen(const CudaFigureOptions& options) {

@@ -54,6 +54,15 @@ std::map<std::string, Amount> amounts(const Plan& plan, const std::vector<std::i
   all["rope"] = {0, 2 * (q + k)};
   if (p.rope) sum.byte += all["rope"].byte;
   all["forward"] = sum;
+  const double slopes = entries * 2 * d, values = 8 * rows;
+  all["backward_rows"] = {0, 2 * q + values + 4 * rows};
+  all["backward_index"] = all["index"];
+  all["backward_products"] = {work.backward, 2 * q + 2 * k + list + values + slopes + 2 * k};
+  all["backward_queries"] = {0, ids + slopes + q};
+  all["backward"] = {work.backward, all["backward_rows"].byte + all["index"].byte + all["backward_products"].byte +
+                                        all["backward_queries"].byte};
+  all["training"] = {sum.flop + work.backward, sum.byte + all["backward"].byte};
+  all["dense_backward"] = {work.dense_backward, 3 * q + 4 * k + 4 * rows};
   all["dense"] = {work.dense, q + 2 * k + results};
   return all;
 }

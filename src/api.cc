@@ -178,6 +178,7 @@ void forward_into(const Plan& plan, const Inputs& inputs, const Selection* kept,
 // What the backward functions check. `selection` is null where all keys are attended to.
 Call checked_backward(const Plan& plan, const Inputs& inputs, const Selection* selection, const ConstOutputs& results,
                       const ConstTensor& dout, const Gradients& gradients, Workspace workspace, Stream stream) {
+  check_backward_fits(plan.impl());
   Call call = make_call(plan, inputs, kQ | kK | kV, workspace, stream, backward_needs(plan));
   check_results(plan.impl(), results, dout);
   check_gradients(plan.impl(), gradients);

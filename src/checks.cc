@@ -180,12 +180,21 @@ void check_no_overlap(std::span<const Region> outputs, std::span<const Region> i
   }
 }
 
-void check_index_fits(const Plan::Impl& plan) {
-  if (plan.index_workspace_limit == 0) return;
+namespace {
+
+// `needed` is the least limit for `what`, or 0 where the plan's is enough.
+void check_fits(const Plan::Impl& plan, std::size_t needed, const std::string& what) {
+  if (needed == 0) return;
   const std::size_t limit = plan.options.workspace_limit;
   refuse("options.workspace_limit", limit == 0 ? "not given" : std::to_string(limit) + " bytes",
-         "at least " + std::to_string(plan.index_workspace_limit) + " bytes for index and select of this problem");
+         "at least " + std::to_string(needed) + " bytes for " + what + " of this problem");
 }
+
+}  // namespace
+
+void check_index_fits(const Plan::Impl& plan) { check_fits(plan, plan.index_workspace_limit, "index and select"); }
+
+void check_backward_fits(const Plan::Impl& plan) { check_fits(plan, plan.backward_workspace_limit, "backward"); }
 
 void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t needed, std::string_view what) {
   if (workspace.size() < needed) {

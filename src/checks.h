@@ -67,6 +67,7 @@ void check_workspace(const Plan::Impl& plan, Workspace workspace, std::size_t ne
 
 // index() and select() on cuda, whose memory grows with tokens * blocks: only where the plan's limit has room for it.
 void check_index_fits(const Plan::Impl& plan);
+void check_backward_fits(const Plan::Impl& plan);
 
 // Results against the shapes of the plan: written, or read again by backward; and what else it reads and writes.
 void check_outputs(const Plan::Impl& plan, const Outputs& outputs);

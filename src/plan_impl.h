@@ -44,6 +44,7 @@ struct Plan::Impl {
   // cuda: the least options.workspace_limit with which index() and select() can be called, if the plan has less; else
   // 0.
   std::size_t index_workspace_limit = 0;
+  std::size_t backward_workspace_limit = 0;  // the same of the backward functions
 
   // Workspace of forward: scratch, then the outputs of the inner stages, each at a multiple of kAlignment.
   std::size_t scratch_bytes = 0;

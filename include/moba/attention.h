@@ -7,9 +7,9 @@
 // copies at multiples of 16 bytes, with strides that are multiples of 8 above 0. A function puts its work on the
 // stream, whatever device is current, and returns: it allocates nothing, waits for nothing and can be captured in a
 // CUDA graph (CUDA itself loads a kernel at its first launch in a process, unless CUDA_MODULE_LOADING is EAGER). So
-// what only the device can see is not refused: with cu_seqlens that are not as they must be, every row of out and lse
-// is NaN; a row whose ids are not as they must be is chosen by no block, and its out and lse are NaN. No memory is
-// touched that was not given.
+// what only the device can see is not refused: with cu_seqlens that are not as they must be, every row of out and lse,
+// and of the gradients, is NaN; a row whose ids are not as they must be is chosen by no block, and its out, lse and dq
+// are NaN. No memory is touched that was not given.
 //
 // Shapes: Tq, Tk tokens of the packed batch, Hq query heads, Hk key heads, g = Hq / Hk, d head dim. docs/spec.md
 // defines the computation; arXiv 2502.13189 is where it comes from.
@@ -73,8 +73,9 @@ MOBA_EXPORT void forward(const Plan& plan, const Inputs& inputs, const Outputs& 
                          Stream stream = {});
 
 // The same, and keeps the selection it made for backward: all four tensors are written, ids with Hq heads. Where
-// plan.forward_is_dense() there is nothing to choose: the selection may be left empty, or is marked as not written. Not
-// on cuda.
+// plan.forward_is_dense() there is nothing to choose: the selection may be left empty, or is marked as not written. On
+// cuda ids are written, and counts if given; offsets, if given, are marked as out of date (see gate), and where
+// plan.forward_is_dense() the ids are all that a row sees.
 MOBA_EXPORT void forward(const Plan& plan, const Inputs& inputs, const Selection& selection, const Outputs& outputs,
                          Workspace workspace, Stream stream = {});
 
@@ -90,7 +91,10 @@ MOBA_EXPORT void dense(const Plan& plan, const Inputs& inputs, const Outputs& ou
 // the selection is empty or not written since, it is dense_backward(). On a plan without rope it also serves a
 // selection of the caller's own and what attend wrote with it. A row with no key gets and gives zeros; a key that no
 // row attends to gets zeros. The workspace is one of plan.backward_workspace_bytes(). Gradients may not overlap
-// anything else. Not on cuda.
+// anything else.
+//
+// On cuda it reads ids instead, [Tq, Hq, slots] or [Tq, Hk, slots], and is dense_backward() only where they are left
+// out. The same call gives the same bits, always; nothing is added up atomically.
 MOBA_EXPORT void backward(const Plan& plan, const Inputs& inputs, const Selection& selection,
                           const ConstOutputs& results, const ConstTensor& dout, const Gradients& gradients,
                           Workspace workspace, Stream stream = {});

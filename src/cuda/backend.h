@@ -27,6 +27,11 @@ std::string describe_kernels(const Plan::Impl& plan);
 void forward_by_stages(const Call& call, const Intermediates& memory, const Outputs& outputs,
                        const std::function<void(const char*)>& done);
 
+// The same of backward: batch, then for each slab index, rows, keys (those of no unit), and for each pass over parts of
+// the blocks units, products, shares (dk, dv), queries (dq); rope at the end, if the plan has one.
+void backward_by_stages(const Call& call, const Selection& selection, const Cotangents& given,
+                        const Gradients& gradients, const std::function<void(const char*)>& done);
+
 CudaSupport support();
 
 // Where memory lies, as the driver sees it: the device's index, or -1 for memory that no device can reach as its own.

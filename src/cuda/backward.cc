@@ -5,8 +5,10 @@
 // where the lists of a slab are made anew from the ids, and what dq or dk and dv are summed up from over several passes
 // or slabs is kept in float32. Behind all, dq and dk are turned back in place where the plan has a rope.
 #include <algorithm>
+#include <functional>
 
 #include "call.h"
+#include "cuda/backend.h"
 #include "cuda/contract.h"
 #include "cuda/device_call.h"
 #include "cuda/launch.h"
@@ -22,14 +24,14 @@ struct Job {
   const Selection* selection;  // null for dense
   const Cotangents& given;
   const Gradients& gradients;
+  const std::function<void(const char*)>& done;  // behind each stage, with its name
   BackwardMemory memory;
 
   bool dense() const { return selection == nullptr; }
   bool sums_keys() const { return setup.slab_tokens < call.shape.total_q; }
   KeyTotals key_totals() const { return sums_keys() ? memory.key_totals : KeyTotals{}; }
   Pass pass(int part_begin) const {
-    return {setup.rows_per_unit, setup.part_keys, part_begin, std::min(setup.parts, setup.all_parts - part_begin),
-            !sums_keys()};
+    return {setup.rows_per_unit, setup.part_keys, part_begin, std::min(setup.parts, setup.all_parts - part_begin)};
   }
 };
 
@@ -47,19 +49,23 @@ void run_pass(const Job& job, Slab slab, int part_begin) {
   const Pass pass = job.pass(part_begin);
   const View<void> dk = view(job.gradients.dk), dv = view(job.gradients.dv);
   list_units(job, slab, pass);
+  job.done("units");
   const BackwardInput input{
       view(c.call.q), view(c.call.k), view(c.call.v), view(job.given.dout), job.dense() ? nullptr : m.index.rows,
       m.values};
-  const BackwardOutput output{m.dq, m.part_stride, m.shares, dk, dv};
+  const BackwardOutput output{m.dq, m.part_stride, m.shares, dk, dv, job.key_totals()};
   const auto kernel = c.setup.backward == BackwardKernel::sm90 ? backward_sm90 : backward_portable;
   kernel(c.shape, slab, input, m.units, output, c.stream);
+  job.done("products");
   sum_shares(c.shape, pass, m.share_list, m.shares, dk, dv, job.key_totals(), c.stream);
+  job.done("shares");
 
   IdsView<const std::int32_t> ids{};
   if (!job.dense()) ids = read_only(slab_view(c.shape, job.selection->ids, slab));
   const bool last = part_begin + pass.parts == job.setup.all_parts;
   sum_queries(c.shape, slab, c.batch, pass, {ids, m.index, m.dq, m.part_stride, m.query_totals, part_begin == 0, last},
               view(job.gradients.dq), c.stream);
+  job.done("queries");
 }
 
 void run_slab(const Job& job, Slab slab) {
@@ -68,13 +74,16 @@ void run_slab(const Job& job, Slab slab) {
   if (!job.dense()) {
     const IdsView<const std::int32_t> ids = read_only(slab_view(c.shape, job.selection->ids, slab));
     index(c.shape, slab, c.batch, ids, {}, m.index, nullptr, m.index_scratch, c.stream);
+    job.done("index");
   }
   const ConstTensor& lse = job.given.lse;
   row_values(c.shape, slab, view(job.given.out), view(job.given.dout), {lse.data, lse.stride[1], lse.stride[0]},
              m.values, c.stream);
+  job.done("rows");
   if (!job.sums_keys()) {
     fill_keys(c.shape, slab, c.batch, job.dense() ? nullptr : &m.index, view(job.gradients.dk), view(job.gradients.dv),
               c.stream);
+    job.done("keys");
   }
   for (int part = 0; part < job.setup.all_parts; part += job.setup.parts) run_pass(job, slab, part);
 }
@@ -94,6 +103,7 @@ void run(const Job& job) {
     }
     if (job.sums_keys()) {
       write_totals(s, c.batch, head, job.memory.key_totals, view(job.gradients.dk), view(job.gradients.dv), c.stream);
+      job.done("keys");
     }
   }
 }
@@ -106,23 +116,34 @@ void turn_back(DeviceCall& c, const Gradients& gradients) {
   rope_keys(c.shape, parameters, c.batch, read_only(dk), dk, {}, c.stream);
 }
 
-void run(const Call& call, const Selection* selection, const Cotangents& given, const Gradients& gradients) {
+void run(const Call& call, const Selection* selection, const Cotangents& given, const Gradients& gradients,
+         const std::function<void(const char*)>& done) {
   DeviceCall c(call, true);
+  done("batch");
   const BackwardSetup& setup = selection == nullptr ? c.setup.dense_backward : c.setup.chosen_backward;
   Carver behind_rope = c.carver;
   const RopeMemory rope(behind_rope, c.setup);
-  run(Job{c, setup, selection, given, gradients, BackwardMemory(behind_rope, c.setup, setup)});
-  if (call.plan.rope) turn_back(c, gradients);
+  run(Job{c, setup, selection, given, gradients, done, BackwardMemory(behind_rope, c.setup, setup)});
+  if (!call.plan.rope) return;
+  turn_back(c, gradients);
+  done("rope");
 }
+
+void unobserved(const char*) {}
 
 }  // namespace
 
 void backward(const Call& call, const Selection& selection, const Cotangents& given, const Gradients& gradients) {
-  run(call, &selection, given, gradients);
+  run(call, &selection, given, gradients, unobserved);
 }
 
 void dense_backward(const Call& call, const Cotangents& given, const Gradients& gradients) {
-  run(call, nullptr, given, gradients);
+  run(call, nullptr, given, gradients, unobserved);
+}
+
+void backward_by_stages(const Call& call, const Selection& selection, const Cotangents& given,
+                        const Gradients& gradients, const std::function<void(const char*)>& done) {
+  run(call, &selection, given, gradients, done);
 }
 
 }  // namespace moba::cuda

@@ -103,14 +103,18 @@ class KeySums {
   }
 
   __device__ __forceinline__ void store(const Arguments& p, const Unit& unit) const {
-    if (unit.share < 0) {
-      store_final(p.output.dk, unit, p.scale, dk_);
-      store_final(p.output.dv, unit, 1.0f, dv_);
-    } else {
+    if (unit.share >= 0) {
       const std::int64_t floats = static_cast<std::int64_t>(p.part_keys) * p.head_dim;
       float* share = p.output.shares + 2 * floats * unit.share;
-      store_share(share, unit, p.head_dim, p.scale, dk_);
-      store_share(share + floats, unit, p.head_dim, 1.0f, dv_);
+      store_floats(share, unit, p.head_dim, p.scale, dk_, false);
+      store_floats(share + floats, unit, p.head_dim, 1.0f, dv_, false);
+    } else if (p.output.totals.dk != nullptr) {
+      const std::int64_t first = static_cast<std::int64_t>(unit.key_begin) * p.head_dim;
+      store_floats(p.output.totals.dk + first, unit, p.head_dim, p.scale, dk_, true);
+      store_floats(p.output.totals.dv + first, unit, p.head_dim, 1.0f, dv_, true);
+    } else {
+      store_final(p.output.dk, unit, p.scale, dk_);
+      store_final(p.output.dv, unit, 1.0f, dv_);
     }
   }
 
@@ -154,9 +158,10 @@ class KeySums {
     }
   }
 
-  __device__ __forceinline__ void store_share(float* share, const Unit& unit, int head_dim, float factor,
-                                              const Sum& sum) const {
-    float* column = share + first_column_ + lane_of() % 4 * 2;
+  // `adds`: to what is there.
+  __device__ __forceinline__ void store_floats(float* keys, const Unit& unit, int head_dim, float factor,
+                                               const Sum& sum, bool adds) const {
+    float* column = keys + first_column_ + lane_of() % 4 * 2;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -166,8 +171,9 @@ class KeySums {
 #pragma unroll
         for (int x = 0; x < L::kColumns / 8; ++x) {
           if (x % 4 == 0 && 8 * x >= columns_) break;
-          *reinterpret_cast<float2*>(column + key * head_dim + 8 * x) =
-              make_float2(sum[m][x][2 * h] * factor, sum[m][x][2 * h + 1] * factor);
+          float2* place = reinterpret_cast<float2*>(column + key * head_dim + 8 * x);
+          const float2 before = adds ? *place : make_float2(0, 0);
+          *place = make_float2(before.x + sum[m][x][2 * h] * factor, before.y + sum[m][x][2 * h + 1] * factor);
         }
       }
     }

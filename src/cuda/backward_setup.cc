@@ -7,7 +7,8 @@
 namespace moba::cuda {
 namespace {
 
-constexpr std::int64_t kTokenStep = 128;  // slabs of part of the tokens are cut at multiples of this
+constexpr std::int64_t kTokenStep = 128;                     // slabs of part of the tokens are cut at multiples of this
+constexpr std::size_t kSmallDense = std::size_t{256} << 20;  // dense_backward may have so much, or what backward takes
 
 // What is done at a time: parts of every block for some rows. Tokens and parts are all there are, or part of them.
 struct Portion {
@@ -66,7 +67,7 @@ BackwardMemory::BackwardMemory(Carver& carver, const Setup& setup, const Backwar
   const Shape& s = setup.shape;
   const Slab slab{0, backward.slab_heads, 0, backward.slab_tokens};
   const bool sums_keys = backward.slab_tokens < s.total_q;
-  const Pass pass{backward.rows_per_unit, backward.part_keys, 0, backward.parts, !sums_keys};
+  const Pass pass{backward.rows_per_unit, backward.part_keys, 0, backward.parts};
   const std::int64_t rows = std::int64_t{slab.heads} * slab.tokens * s.group;
   const std::int64_t entries = backward.dense ? rows : rows * s.slots;
   if (!backward.dense) {
@@ -107,7 +108,9 @@ std::size_t prepare_backward(Setup& setup, const Plan::Impl& plan, bool sm90, st
   const double rows = static_cast<double>(s.total_q) * s.q_heads;
   chosen.rows_per_unit = rows_per_unit(s, rows * s.slots);
   dense.rows_per_unit = rows_per_unit(s, rows * dense.all_parts);
-  return std::max(choose_portions(setup, chosen, limit), choose_portions(setup, dense, limit));
+  // The memory is for either; a plan that is made for the one is not to pay for the other.
+  const std::size_t bytes = choose_portions(setup, chosen, limit);
+  return std::max(bytes, choose_portions(setup, dense, std::min(limit, std::max(bytes, kSmallDense))));
 }
 
 }  // namespace moba::cuda

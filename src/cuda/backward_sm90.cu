@@ -140,7 +140,9 @@ Arguments arguments_of(const Shape& shape, Slab slab, const BackwardInput& input
           .shares = output.shares,
           .dk = output.dk,
           .dv = output.dv,
+          .totals = output.totals,
           .by_group = Divide(shape.group),
+          .group = shape.group,
           .scale = shape.scale,
           .factor = static_cast<float>(shape.scale * std::numbers::log2e)};
 }

@@ -13,7 +13,6 @@
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/visible_keys.cuh"
 
 namespace moba::cuda::gradient {
 
@@ -43,18 +42,20 @@ __device__ __forceinline__ void store_final(const float (&sum)[n], float factor,
   }
 }
 
+// `adds`: to what is there.
 template <int n>
-__device__ __forceinline__ void store_share(const float (&sum)[n], float factor, float* to, int keys) {
+__device__ __forceinline__ void store_floats(const float (&sum)[n], float factor, float* to, int keys, bool adds) {
   constexpr int d = 2 * n;
   const int c = threadIdx.x % 4;
 #pragma unroll
   for (int j = 0; j < n / 4; ++j) {
-    if (keys > 0) {
-      __stcs(reinterpret_cast<float2*>(to + 8 * j + 2 * c), make_float2(sum[4 * j] * factor, sum[4 * j + 1] * factor));
-    }
-    if (keys > 8) {
-      __stcs(reinterpret_cast<float2*>(to + 8 * d + 8 * j + 2 * c),
-             make_float2(sum[4 * j + 2] * factor, sum[4 * j + 3] * factor));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (8 * half >= keys) continue;
+      float2* place = reinterpret_cast<float2*>(to + 8 * half * d + 8 * j + 2 * c);
+      const float2 before = adds ? *place : make_float2(0, 0);
+      const int i = 4 * j + 2 * half;
+      *place = make_float2(before.x + sum[i] * factor, before.y + sum[i + 1] * factor);
     }
   }
 }
@@ -67,11 +68,16 @@ __device__ __forceinline__ void store_sums(const Arguments& arguments, const Uni
   if (unit.share >= 0) {
     constexpr std::int64_t kSums = std::int64_t{kSm90PartKeys} * d;
     float* to = arguments.shares + unit.share * (2 * kSums) + key * d;
-    store_share(dk, arguments.scale, to, keys);
-    store_share(dv, 1, to + kSums, keys);
+    store_floats(dk, arguments.scale, to, keys, false);
+    store_floats(dv, 1, to + kSums, keys, false);
     return;
   }
   const std::int64_t token = unit.key_begin + key;
+  if (arguments.totals.dk != nullptr) {
+    store_floats(dk, arguments.scale, arguments.totals.dk + token * d, keys, true);
+    store_floats(dv, 1, arguments.totals.dv + token * d, keys, true);
+    return;
+  }
   const auto row_of = [&](const View<void>& view) {
     return static_cast<std::uint16_t*>(view.data) + token * view.token_stride + unit.head * view.head_stride;
   };
@@ -91,16 +97,34 @@ __device__ __forceinline__ void weigh(float (&s)[32], float factor, std::uint32_
   }
 }
 
+// The first rows of the unit that do not see its key `key`: rows ascend, and so does what they see. Mostly they are
+// consecutive.
+__device__ __forceinline__ int blind_rows(const Arguments& arguments, const Unit& unit, int key) {
+  if (key >= unit.keys) return unit.rows;
+  const std::int64_t first = (static_cast<std::int64_t>(unit.first_token) + key) * arguments.group;
+  if (unit.row0 >= 0) return static_cast<int>(min(max(first - unit.row0, std::int64_t{0}), std::int64_t{unit.masked}));
+  int low = 0, high = unit.masked;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (arguments.rows[unit.first + middle] < first) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
 // P^T is 0 where a row does not see this lane's keys, `key` and `key` + 8; `row` is row 2c of the tile.
 __device__ __forceinline__ void mask_weights(float (&p)[32], const Arguments& arguments, const Unit& unit, int key,
                                              int row) {
+  const int blind0 = blind_rows(arguments, unit, key) - row, blind1 = blind_rows(arguments, unit, key + 8) - row;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int visible = visible_keys(unit, row + 8 * j + i, arguments.rows, arguments.by_group);
-      if (key >= visible) p[4 * j + i] = 0;
-      if (key + 8 >= visible) p[4 * j + 2 + i] = 0;
+      if (8 * j + i < blind0) p[4 * j + i] = 0;
+      if (8 * j + i < blind1) p[4 * j + 2 + i] = 0;
     }
   }
 }

@@ -73,7 +73,9 @@ struct Arguments {
   std::int64_t part_stride;
   float* shares;
   View<void> dk, dv;
+  KeyTotals totals;
   Divide by_group;
+  int group;
   float scale, factor;  // factor: scale * log2 e
 };
 

@@ -106,7 +106,7 @@ struct alignas(16) Unit {
   std::int32_t masked;           // leading rows that see fewer than `keys` keys; 0 if not causal
   std::int32_t row0;       // >= 0: the first `masked` rows (dense: all rows) are row0, row0 + 1, ...; -1: read them
   std::int32_t part = 0;   // backward: which of the pass's parts of their block the keys are
-  std::int32_t share = 0;  // backward: where its dk and dv go, or -1: no other unit has its keys, they are final
+  std::int32_t share = 0;  // backward: where its dk and dv go, or -1: no other unit has its keys
   std::int32_t rest = 0;   // units are copied whole, 16 bytes at a time
 };
 
@@ -140,7 +140,6 @@ struct AttendInput {
 struct Pass {
   int rows_per_unit, part_keys;
   int part_begin, parts;  // the parts of every block, those that it has
-  bool direct;            // dk and dv of keys that are of one unit only are final; else all units get shares
 };
 
 // The keys whose dk and dv are sums over `count` shares, from `first` on.
@@ -162,6 +161,11 @@ struct RowValues {
   float* delta;  // dout . out
 };
 
+// Sums in float32 over slabs of tokens; null where one slab has all.
+struct KeyTotals {
+  float *dk, *dv;  // [Tk, d] of one key head, dk times scale
+};
+
 struct BackwardInput {
   View<const void> q, k, v, dout;
   const std::int32_t* rows;  // Index::rows; null for dense
@@ -173,11 +177,7 @@ struct BackwardOutput {
   std::int64_t part_stride;  // entries of a part
   float* shares;             // [shares][2][part_keys][d]: dk, times scale, and dv; not written behind the unit's keys
   View<void> dk, dv;         // [Tk, Hk, d], where Unit::share is -1
-};
-
-// Sums in float32 from pass to pass or slab to slab; null where one does all.
-struct KeyTotals {
-  float *dk, *dv;  // [Tk, d] of one key head
+  KeyTotals totals;          // added to in their place, if there are any
 };
 
 // ---- Setup ----

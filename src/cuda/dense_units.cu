@@ -191,7 +191,7 @@ void list_dense_backward_units(const Shape& shape, Slab slab, Batch batch, const
                            dense_backward_unit_capacity(shape, slab, pass)};
   launch_cut(DensePartLists{heads, batch.sequences, slab.token_begin, slab.tokens, pass.part_keys, pass.part_begin,
                             pass.parts},
-             shape.sm_count, nullptr, list, shares, pass.direct, stream);
+             shape.sm_count, nullptr, list, shares, stream);
 }
 
 }  // namespace moba::cuda

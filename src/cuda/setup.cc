@@ -12,8 +12,9 @@ namespace moba::cuda {
 namespace {
 
 constexpr std::size_t kDefaultScratch = std::size_t{2} << 30;
-constexpr std::size_t kSmallIndex = std::size_t{256} << 20;  // every plan has so much: index() cannot take less
-constexpr std::int64_t kTokenStep = 128;                     // slabs of part of the tokens are cut at multiples of this
+constexpr std::size_t kDefaultBackward = std::size_t{1408} << 20;  // with the selection 1.5 GiB for 64K x 16 heads
+constexpr std::size_t kSmallIndex = std::size_t{256} << 20;        // every plan has so much: index() cannot take less
+constexpr std::int64_t kTokenStep = 128;  // slabs of part of the tokens are cut at multiples of this
 constexpr std::int64_t kMaxInt = std::numeric_limits<std::int32_t>::max();
 constexpr std::int64_t kMaxEntries = kMaxInt + 1 - (1 << 16);  // of a key head: kernels round their number up
 constexpr std::int64_t kMaxGrid = 65535;                       // a head is a y of a grid
@@ -214,8 +215,10 @@ void prepare(Plan::Impl& plan, const DeviceLimits& device) {
 
   const std::size_t outside_backward = kAlignment + plan.q_rotated_bytes + plan.k_rotated_bytes;
   const bool sm90 = setup.attend != AttendKernel::portable;
-  plan.backward_scratch_bytes = aligned(
-      prepare_backward(setup, plan, sm90, limit > outside_backward ? limit - outside_backward : kDefaultScratch));
+  plan.backward_scratch_bytes =
+      aligned(prepare_backward(setup, plan, sm90, limit > 0 ? limit - outside_backward : kDefaultBackward));
+  const std::size_t backward = outside_backward + plan.backward_scratch_bytes;
+  plan.backward_workspace_limit = limit > 0 && backward > limit ? backward : 0;
   plan.cuda = made;
 }
 

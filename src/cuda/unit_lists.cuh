@@ -77,17 +77,17 @@ __device__ __forceinline__ Unit piece_of(const Unit& whole, const Cut& c, int u,
 }
 
 // Where the units of a list put dk and dv. -1: in their final place.
-__device__ __forceinline__ int first_share(const ShareList& list, bool direct, const Unit& whole, int units) {
-  if (list.counters == nullptr || (direct && units == 1)) return -1;
+__device__ __forceinline__ int first_share(const ShareList& list, const Unit& whole, int units) {
+  if (list.counters == nullptr || units == 1) return -1;
   const int first = atomicAdd(list.counters, units);
   list.splits[atomicAdd(list.counters + 1, 1)] = {first, units, whole.head, whole.key_begin, whole.keys};
   return first;
 }
 
-// Grid: (parts of the lists, heads). `row_ids` as in piece_of; `direct` as in Pass.
+// Grid: (parts of the lists, heads). `row_ids` as in piece_of.
 template <class Lists>
 __global__ void __launch_bounds__(kThreads, 1)
-    cut_lists(Lists lists, const std::int32_t* row_ids, UnitList list, ShareList share_list, bool direct) {
+    cut_lists(Lists lists, const std::int32_t* row_ids, UnitList list, ShareList share_list) {
   __shared__ int counts[kClasses], mine[kClasses], next[kClasses], units_before, units_behind;
   const int head = static_cast<int>(blockIdx.y), thread = static_cast<int>(threadIdx.x);
   const int n = lists.count, per_part = (n + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Cut c = cut_of(head, i);
     if (c.units == 0) continue;
     const Unit all = lists.whole(head, i);
-    const int share = first_share(share_list, direct, all, c.units);
+    const int share = first_share(share_list, all, c.units);
     int place = c.units > 1 ? atomicAdd(&next[class_of(c.step, lists.rows_per_unit)], c.units - 1) : 0;
     for (int u = 0; u < c.units; ++u, ++place) {
       if (u == c.units - 1) place = atomicAdd(&next[class_of(c.last, lists.rows_per_unit)], 1);
@@ -172,18 +172,16 @@ struct Total {
 };
 // Lists of more than rows_per_unit rows are cut, into at most rows / rows_per_unit + 1 units each.
 inline ShareCapacity shares_of(const Total& total, const Pass& pass) {
-  if (!pass.direct) return {most_units(total.lists, total.rows, pass.rows_per_unit), std::min(total.lists, total.rows)};
   const std::int64_t cut = std::min(total.lists, total.rows / (pass.rows_per_unit + 1));
   return {total.rows / pass.rows_per_unit + cut, cut};
 }
 
 template <class Lists>
 void launch_cut(const Lists& lists, int sm_count, const std::int32_t* row_ids, const UnitList& list,
-                const ShareList& shares, bool direct, cudaStream_t stream) {
+                const ShareList& shares, cudaStream_t stream) {
   const int wanted = divide_up(lists.count, kListsPerCta);
   const int parts = std::clamp(wanted, 1, std::max(1, 2 * sm_count / std::max(1, lists.heads)));
-  launch(cut_lists<Lists>, dim3(parts, std::max(1, lists.heads)), kThreads, 0, stream, lists, row_ids, list, shares,
-         direct);
+  launch(cut_lists<Lists>, dim3(parts, std::max(1, lists.heads)), kThreads, 0, stream, lists, row_ids, list, shares);
 }
 
 }  // namespace moba::cuda::cutting

@@ -115,8 +115,7 @@ void list_units(const Shape& shape, Slab slab, Batch batch, const Index& index, 
                            rows_per_unit,
                            shape.causal,
                            unit_capacity(shape, slab, rows_per_unit)};
-  launch_cut(ChosenLists{heads, batch.blocks, index.offsets, index.rows}, shape.sm_count, index.rows, list, {}, true,
-             stream);
+  launch_cut(ChosenLists{heads, batch.blocks, index.offsets, index.rows}, shape.sm_count, index.rows, list, {}, stream);
 }
 
 void list_backward_units(const Shape& shape, Slab slab, Batch batch, const Index& index, const Pass& pass,
@@ -131,7 +130,7 @@ void list_backward_units(const Shape& shape, Slab slab, Batch batch, const Index
                            backward_unit_capacity(shape, slab, pass)};
   const ChosenLists chosen{heads, batch.blocks, index.offsets, index.rows};
   launch_cut(PartLists{chosen, shape.max_blocks, pass.part_keys, pass.part_begin, pass.parts}, shape.sm_count,
-             index.rows, list, shares, pass.direct, stream);
+             index.rows, list, shares, stream);
 }
 
 }  // namespace moba::cuda

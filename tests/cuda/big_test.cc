@@ -1,108 +1,12 @@
-// Tensors of more than 2^31 elements. They repeat a pattern of some thousand tokens, so that the host knows every
-// element; rows at the edges of 2^31 and 2^32 bytes and elements are compared with float64.
+// Tensors of more than 2^31 elements: rows at the edges of 2^31 and 2^32 bytes and elements are compared with float64.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
-#include <memory>
 
-#include "cuda/launch.h"
-#include "cuda_test.h"
+#include "big.h"
 
 namespace moba::test {
 namespace {
-
-constexpr std::int64_t kDim = 128;
-
-// Tokens [tokens, heads, 128] of bf16 on the device; token t is token t % period of the pattern.
-class Repeated {
- public:
-  Repeated(std::int64_t tokens, std::int64_t heads, std::int64_t period, std::uint64_t seed, float mean)
-      : tokens_(tokens),
-        heads_(heads),
-        period_(period),
-        pattern_(static_cast<std::size_t>(period * heads * kDim)),
-        memory_(static_cast<std::size_t>(tokens * heads * kDim) * 2) {
-    in_parallel(static_cast<std::size_t>(period), [&](std::size_t token) {
-      Random random(seed * 1'000'003 + token);
-      const std::size_t row = static_cast<std::size_t>(heads * kDim);
-      for (std::size_t i = token * row; i < (token + 1) * row; ++i)
-        pattern_[i] = float_to_bf16(mean + random.uniform());
-    });
-    std::size_t filled = std::min(pattern_.size() * 2, memory_.size());
-    MOBA_CUDA(cudaMemcpy(memory_.data(), pattern_.data(), filled, cudaMemcpyHostToDevice));
-    while (filled < memory_.size()) {
-      const std::size_t more = std::min(filled, memory_.size() - filled);
-      MOBA_CUDA(cudaMemcpy(memory_.data() + filled, memory_.data(), more, cudaMemcpyDeviceToDevice));
-      filled += more;
-    }
-    MOBA_CUDA(cudaDeviceSynchronize());
-  }
-  float get(std::int64_t token, std::int64_t head, std::int64_t x) const {
-    return bf16_to_float(pattern_[static_cast<std::size_t>((token % period_ * heads_ + head) * kDim + x)]);
-  }
-  Tensor tensor() const {
-    return Tensor(memory_.data(), DType::bf16, {tokens_, heads_, kDim}, Device::cuda, device().index);
-  }
-
- private:
-  std::int64_t tokens_, heads_, period_;
-  std::vector<std::uint16_t> pattern_;
-  DeviceMemory memory_;
-};
-
-template <class T>
-std::vector<T> download(const Tensor& t, std::int64_t first, std::int64_t count) {
-  std::vector<T> values(static_cast<std::size_t>(count));
-  MOBA_CUDA(cudaMemcpy(values.data(), static_cast<const T*>(t.data) + first, values.size() * sizeof(T),
-                       cudaMemcpyDeviceToHost));
-  return values;
-}
-
-// Elements of a bf16 tensor of the device that are infinite or NaN, as poison is.
-std::int64_t count_not_finite(const Tensor& t) {
-  const std::int64_t count = t.shape[0] * t.shape[1] * t.shape[2], part = std::int64_t{1} << 26;
-  std::atomic<std::int64_t> bad = 0;
-  in_parallel(static_cast<std::size_t>((count + part - 1) / part), [&](std::size_t i) {
-    const std::int64_t first = static_cast<std::int64_t>(i) * part;
-    const auto values = download<std::uint16_t>(t, first, std::min(part, count - first));
-    bad += std::ranges::count_if(values, [](std::uint16_t x) { return (x & 0x7f80) == 0x7f80; });
-  });
-  return bad;
-}
-
-struct Big {
-  std::int64_t q_tokens, k_tokens, q_heads, kv_heads, block_size, top_k;
-
-  Problem problem() const {
-    Problem p;
-    p.dtype = DType::bf16;
-    p.q_heads = q_heads, p.kv_heads = kv_heads, p.head_dim = kDim;
-    p.total_q = q_tokens, p.total_k = k_tokens;
-    p.config = {.block_size = block_size, .top_k = top_k};
-    return p;
-  }
-  std::int64_t blocks() const { return (k_tokens + block_size - 1) / block_size; }
-};
-
-struct Tensors {
-  Repeated q, k, v;
-  explicit Tensors(const Big& b)
-      : q(b.q_tokens, b.q_heads, 4001, run_seed(), 0),
-        k(b.k_tokens, b.kv_heads, 20011, run_seed() + 1, 0),
-        v(b.k_tokens, b.kv_heads, 20011, run_seed() + 2, 0.25f) {}
-};
-
-// Rows of one query token: where wrapped offsets would show, and both ends.
-std::vector<std::int64_t> sampled_tokens(const Big& b) {
-  std::vector<std::int64_t> tokens{0, 1, 777, b.q_tokens / 2, b.q_tokens - 2, b.q_tokens - 1};
-  for (const int bits : {30, 31}) {
-    const std::int64_t edge = (std::int64_t{1} << bits) / (b.q_heads * kDim);
-    for (std::int64_t t = edge - 1; t <= edge + 1; ++t) tokens.push_back(t);
-  }
-  std::erase_if(tokens, [&](std::int64_t t) { return t < 0 || t >= b.q_tokens; });
-  return tokens;
-}
 
 // docs/spec.md section 4.
 std::vector<float> centroid(const Big& b, const Repeated& k, std::int64_t block, std::int64_t head) {
@@ -191,18 +95,9 @@ void expect_choice(const Big& b, const Tensors& t, const std::vector<std::vector
   }
 }
 
-class CudaBig : public CudaTest {
- protected:
-  bool fits(std::size_t bytes) {
-    std::size_t free = 0, total = 0;
-    MOBA_CUDA(cudaMemGetInfo(&free, &total));
-    return free > bytes;
-  }
-};
-
 void expect_big(const Big& b, bool with_dense) {
   const Tensors t(b);
-  const std::vector<std::int64_t> tokens = sampled_tokens(b);
+  const std::vector<std::int64_t> tokens = sampled_tokens(b.q_tokens, b.q_heads);
   const std::vector<std::int64_t> heads{0, b.q_heads / 2, b.q_heads - 1};
   std::vector<std::vector<float>> centroids(static_cast<std::size_t>(b.blocks() * b.kv_heads));
   in_parallel(centroids.size(), [&](std::size_t i) {
