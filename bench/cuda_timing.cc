@@ -10,12 +10,12 @@ namespace moba::bench {
 
 namespace {
 
-constexpr auto kRest = std::chrono::milliseconds(500);
+constexpr auto kRest = std::chrono::milliseconds(600);
 constexpr auto kHeadStart = std::chrono::milliseconds(2);
 constexpr double kLoadMs = 1000;  // before steady() counts
 constexpr double kBatchMs = 50;   // calls in flight together: the stream never waits for the host
 constexpr double kLongCallMs = 200;
-constexpr int kWarmUps = 2, kCalls = 7, kLongCalls = 3;
+constexpr int kWarmUps = 2, kCalls = 5, kLongCalls = 3;
 
 double median(std::vector<double> values) {
   const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);

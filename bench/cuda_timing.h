@@ -43,7 +43,7 @@ class Marks {
 // One call: gives its work to the stream that the marks are of, and marks it.
 using Work = std::function<void(Marks&)>;
 
-// Medians of 7 calls (3 of calls that take more than 0.2 s) in a row, behind 2 that do not count, after half a second
+// Medians of 5 calls (3 of calls that take more than 0.2 s) in a row, behind 2 that do not count, after 0.6 seconds
 // of rest: what a model sees that has other things to do as well.
 std::vector<StageTime> rested(cudaStream_t stream, const Work& work);
 

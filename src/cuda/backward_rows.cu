@@ -40,11 +40,12 @@ struct Heads {
 template <class T, int kGroup>
 __global__ void __launch_bounds__(kThreads)
     value_rows(Heads slab, View<const void> out, View<const void> dout, View<const void> lse, RowValues values) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * (kThreads / kGroup) + threadIdx.x / kGroup;
-  const std::int64_t rows = static_cast<std::int64_t>(slab.tokens) * slab.q_heads;
+  // 32 bits: a tensor spans up to 64 GiB, and a row of it 64 bytes or more.
+  const int i = static_cast<int>(blockIdx.x * (kThreads / kGroup) + threadIdx.x / kGroup);
+  const int rows = slab.tokens * slab.q_heads;
   const int lane = static_cast<int>(threadIdx.x) % kGroup;
   const std::int64_t token = i / slab.q_heads;
-  const int head = static_cast<int>(i - token * slab.q_heads), key_head = head / slab.group;
+  const int head = i - static_cast<int>(token) * slab.q_heads, key_head = head / slab.group;
   const bool is_row = i < rows, has_chunk = is_row && lane * 8 < slab.head_dim;
   const auto chunk = [&](const View<const void>& view) {
     if (!has_chunk) return splat(0);

@@ -18,8 +18,8 @@ struct Portion {
 // Rows of one unit: many, since what a unit adds up has to be stored, but so few that each multiprocessor has several
 // units, and that those of one key head are worth about the same as all the others of it together.
 int rows_per_unit(const Shape& s, double rows) {
-  constexpr double kUnitsPerSm = 8;
-  return static_cast<int>(std::clamp(rows / (kUnitsPerSm * s.sm_count), 1024.0, 4096.0) / 64) * 64;
+  constexpr double kUnitsPerSm = 6;
+  return static_cast<int>(std::clamp(rows / (kUnitsPerSm * s.sm_count), 1536.0, 4096.0) / 64) * 64;
 }
 
 std::size_t bytes_of(const Setup& setup, BackwardSetup backward, const Portion& portion) {

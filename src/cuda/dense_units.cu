@@ -188,7 +188,8 @@ void list_dense_backward_units(const Shape& shape, Slab slab, Batch batch, const
                            shape.group,
                            pass.rows_per_unit,
                            shape.causal,
-                           dense_backward_unit_capacity(shape, slab, pass)};
+                           dense_backward_unit_capacity(shape, slab, pass),
+                           backward_section(shape, slab)};
   launch_cut(DensePartLists{heads, batch.sequences, slab.token_begin, slab.tokens, pass.part_keys, pass.part_begin,
                             pass.parts},
              shape.sm_count, nullptr, list, shares, stream);

@@ -56,6 +56,7 @@ struct ListsOfHeads {
   int group, rows_per_unit;
   bool causal;
   std::int64_t capacity;  // units
+  int section_heads;
 };
 
 // Unit u of a list that is cut, from the whole. `row_ids` null: all rows are consecutive.
@@ -97,37 +98,43 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   const auto cut_of = [&](int h, int i) { return cut(lists.rows(h, i), lists.rows_per_unit); };
-  const auto count_units = [&](int first_head, int last_head, int* total) {
+  // Calls f(head, list) for all lists of the heads [first, last), spread over the threads.
+  const auto for_each_list = [&](int first, int last, auto f) {
     if (n == 0) return;
-    int sum = 0;
     const int more_heads = kThreads / n, more_lists = kThreads - more_heads * n;
-    int h = first_head + thread / n, i = thread % n;
+    int h = first + thread / n, i = thread % n;
 #pragma unroll 8
-    while (h < last_head) {
-      sum += cut_of(h, i).units;
+    while (h < last) {
+      f(h, i);
       h += more_heads, i += more_lists;
       if (i >= n) ++h, i -= n;
     }
+  };
+  const auto count_units = [&](int first, int last, int* total) {
+    int sum = 0;
+    for_each_list(first, last, [&](int h, int i) { sum += cut_of(h, i).units; });
     sum = __reduce_add_sync(kAllLanes, sum);
     if (sum != 0 && thread % 32 == 0) atomicAdd(total, sum);
   };
-  // Heads before this one; behind it only the first CTA counts, to know the sum of all.
-  count_units(0, head, &units_before);
+  // Sections before this one; behind it only the first CTA counts, to know the sum of all.
+  const int section = head / lists.section_heads * lists.section_heads;
+  const int section_end = min(lists.heads, section + lists.section_heads);
+  count_units(0, section, &units_before);
   const bool counts_all = blockIdx.x == 0 && head == 0;
-  if (counts_all) count_units(1, lists.heads, &units_behind);
-  // This head: all units by class, and those of the lists before this part.
-  for (int i = thread; i < n; i += kThreads) {
-    const Cut c = cut_of(head, i);
-    if (c.units == 0) continue;
-    const int last = class_of(c.last, lists.rows_per_unit);
-    atomicAdd(&counts[last], 1);
-    if (i < begin) atomicAdd(&mine[last], 1);
-    if (c.units > 1) {
-      const int whole = class_of(c.step, lists.rows_per_unit);
-      atomicAdd(&counts[whole], c.units - 1);
-      if (i < begin) atomicAdd(&mine[whole], c.units - 1);
-    }
-  }
+  if (counts_all) count_units(section_end, lists.heads, &units_behind);
+  // This section: all units by class, and those of the lists before this part.
+  for_each_list(section, section_end, [&](int h, int i) {
+    const Cut c = cut_of(h, i);
+    if (c.units == 0) return;
+    const bool before = h < head || (h == head && i < begin);
+    const auto add = [&](int rows, int units) {
+      const int class_number = class_of(rows, lists.rows_per_unit);
+      atomicAdd(&counts[class_number], units);
+      if (before) atomicAdd(&mine[class_number], units);
+    };
+    add(c.last, 1);
+    if (c.units > 1) add(c.step, c.units - 1);
+  });
   __syncthreads();
   scan_classes(counts, units_before, next);
   if (counts_all && thread < 32) {
@@ -164,6 +171,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 inline std::int64_t most_units(std::int64_t lists, std::int64_t rows, int rows_per_unit) {
   const std::int64_t filled = std::min(lists, rows);
   return filled + (rows - filled) / rows_per_unit;
+}
+
+// Key heads whose rows of q and dout fit in L2 together.
+inline int backward_section(const Shape& shape, Slab slab) {
+  constexpr std::int64_t kSectionBytes = std::int64_t{34} << 20;
+  const std::int64_t head_bytes = std::int64_t{4} * slab.tokens * shape.group * shape.head_dim;
+  return static_cast<int>(
+      std::clamp<std::int64_t>(kSectionBytes / std::max<std::int64_t>(1, head_bytes), 1, std::max(1, slab.heads)));
 }
 
 // What a pass of backward has to cut: lists, and rows in all of them.

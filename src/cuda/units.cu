@@ -114,7 +114,8 @@ void list_units(const Shape& shape, Slab slab, Batch batch, const Index& index, 
                            shape.group,
                            rows_per_unit,
                            shape.causal,
-                           unit_capacity(shape, slab, rows_per_unit)};
+                           unit_capacity(shape, slab, rows_per_unit),
+                           1};
   launch_cut(ChosenLists{heads, batch.blocks, index.offsets, index.rows}, shape.sm_count, index.rows, list, {}, stream);
 }
 
@@ -127,7 +128,8 @@ void list_backward_units(const Shape& shape, Slab slab, Batch batch, const Index
                            shape.group,
                            pass.rows_per_unit,
                            shape.causal,
-                           backward_unit_capacity(shape, slab, pass)};
+                           backward_unit_capacity(shape, slab, pass),
+                           backward_section(shape, slab)};
   const ChosenLists chosen{heads, batch.blocks, index.offsets, index.rows};
   launch_cut(PartLists{chosen, shape.max_blocks, pass.part_keys, pass.part_begin, pass.parts}, shape.sm_count,
              index.rows, list, shares, stream);

@@ -141,9 +141,20 @@ TEST_F(CudaBackwardBadValues, SmallWrongIds) {
   }
 }
 
-// What is not finite must, may or may not reach a row.
-enum class Reach { no, may, must };
+// What is not finite must, may or may not reach a row; or it changes the order of the row's sums, no more.
+enum class Reach { no, order, may, must };
 using ReachOf = std::function<Reach(std::int64_t token, std::int64_t head)>;
+
+// Whether two rows differ by at most two units in the last place of the norm.
+bool within_rounding(const Array& got, const Array& clean, std::int64_t token, std::int64_t head) {
+  double error = 0, norm = 0;
+  for (std::int64_t x = 0; x < got.dim(2); ++x) {
+    const double should = clean.get(token, head, x), difference = got.get(token, head, x) - should;
+    error += difference * difference;
+    norm += should * should;
+  }
+  return std::sqrt(error) <= 2 * (got.dtype() == DType::bf16 ? 0x1p-7 : 0x1p-10) * std::sqrt(norm);
+}
 
 void expect_reach(const char* name, const Array& got, const Array& clean, const ReachOf& reach_of) {
   for (std::int64_t token = 0; token < got.dim(0); ++token) {
@@ -154,8 +165,10 @@ void expect_reach(const char* name, const Array& got, const Array& clean, const 
         finite &= std::isfinite(got.get(token, head, x));
         same &= got.get(token, head, x) == clean.get(token, head, x);
       }
-      ASSERT_TRUE(reach != Reach::no || same) << name << ", token " << token << ", head " << head;
-      ASSERT_TRUE(reach != Reach::must || !finite) << name << ", token " << token << ", head " << head;
+      const bool fits = reach == Reach::no      ? same
+                        : reach == Reach::order ? within_rounding(got, clean, token, head)
+                                                : reach == Reach::may || !finite;
+      ASSERT_TRUE(fits) << name << ", token " << token << ", head " << head;
     }
   }
 }
@@ -174,6 +187,12 @@ struct Spoiled {
   bool chose(std::int64_t token, std::int64_t head, std::int64_t key) const {
     const auto blocks = clean.chosen->row(token, head);
     return std::ranges::count(blocks, key / given.c.config.block_size) > 0;
+  }
+  // Whether two rows of the same key head chose a block in common.
+  bool share_a_block(std::int64_t token, std::int64_t head, std::int64_t other, std::int64_t other_head) const {
+    if (head / group() != other_head / group()) return false;
+    const auto blocks = clean.chosen->row(token, head), others = clean.chosen->row(other, other_head);
+    return std::ranges::find_first_of(blocks, others) != blocks.end();
   }
   void expect(const ReachOf& dq, const ReachOf& dk, const ReachOf& dv) {
     Chosen chosen = *clean.chosen;
@@ -227,7 +246,7 @@ TEST_F(CudaBackwardBadValues, KeysStayInTheirBlock) {
 }
 
 // A row reaches its own gradient and the keys that it sees; it may reach the other keys of its blocks, and nothing
-// else.
+// else. The portable kernel sums in another order where it stands beside a row with anything not finite.
 TEST_F(CudaBackwardBadValues, RowsReachOnlyTheirBlocks) {
   constexpr std::int64_t kToken = 200, kHead = 1;
   enum Where { kQ, kDout, kOut, kLse };
@@ -241,7 +260,9 @@ TEST_F(CudaBackwardBadValues, RowsReachOnlyTheirBlocks) {
         if (where == kOut) s.results.out.set(kToken, kHead, 3, kNaN);
         if (where == kLse) s.results.lse.set(kHead, kToken, 0, kNaN);
         const auto rows = [&](std::int64_t token, std::int64_t head) {
-          return token == kToken && head == kHead ? Reach::must : Reach::no;
+          if (token == kToken && head == kHead) return Reach::must;
+          const bool beside = family == "portable" && s.share_a_block(token, head, kToken, kHead);
+          return beside ? Reach::order : Reach::no;
         };
         const auto keys = [&](bool reached) {
           return [&, reached](std::int64_t token, std::int64_t head) {

@@ -13,6 +13,7 @@ namespace moba::test {
 namespace {
 
 using Bits = std::vector<std::uint64_t>;
+using Bytes = std::vector<std::byte>;
 
 // A case and what its rows attend to: what the gate chooses, or block 0 and their own, which makes one list as long as
 // all others together.
@@ -70,36 +71,141 @@ Trained train(CudaRunner& run, const Choice& choice) {
   return chosen ? train_on(run, choice.given, *chosen) : train(run, choice.given);
 }
 
-// All that a pass made, as bits.
-std::vector<Bits> bits(const Trained& trained) {
-  std::vector<Bits> all{trained.results.bits(), trained.slopes.bits()};
-  if (trained.chosen) all.push_back(trained.chosen->ids.bits());
-  return all;
+std::vector<Bits> bits(const Trained& trained) { return {trained.results.bits(), trained.slopes.bits()}; }
+
+// The elements of a tensor without gaps.
+Bytes bytes_of(const Array& x) {
+  const ConstTensor t = x.tensor();
+  std::size_t size = size_in_bytes(t.dtype);
+  for (int i = 0; i < t.rank; ++i) size *= static_cast<std::size_t>(t.shape[i]);
+  const auto* const first = static_cast<const std::byte*>(t.data);
+  return {first, first + size};
 }
 
-void expect_the_same_again(const Choice& choice, int runs) {
-  const Problem problem = choice.given.c.problem();
-  for (const std::string& family : families(problem)) {
-    SCOPED_TRACE(::testing::Message() << choice.given.c << ", " << family << (choice.sink ? ", sink" : ""));
-    CudaRunner run(problem, cuda_options(family));
-    const auto expected = bits(train(run, choice)), dense = bits(train_dense(run, choice.given));
-    for (int i = 0; i < runs; ++i) {
-      ASSERT_TRUE(bits(train(run, choice)) == expected) << "backward, run " << i;
-      ASSERT_TRUE(bits(train_dense(run, choice.given)) == dense) << "dense_backward, run " << i;
+// The tensors of forward, backward, dense and dense_backward on the device, where they stay from call to call.
+struct Resident {
+  Plan plan;
+  Attention result;
+  const std::optional<Chosen> given_choice;  // none: forward's
+  Chosen chosen;
+  Slopes slopes;
+  const Attention no_result;
+  const Slopes no_slopes;
+  DeviceTensor q, k, v;
+  std::optional<DeviceTensor> cu_seqlens_q, cu_seqlens_k;
+  DeviceTensor dout, out, lse, ids, dq, dk, dv;
+  DeviceMemory workspace;
+
+  Resident(const Given& given, const std::string& family, const std::optional<Chosen>& choice = std::nullopt)
+      : plan(given.c.problem(), cuda_options(family)),
+        result(plan.problem()),
+        given_choice(choice),
+        chosen(choice ? *choice : Chosen(plan)),
+        slopes(plan.problem()),
+        no_result(plan.problem()),
+        no_slopes(plan.problem()),
+        q(given.data.q.tensor()),
+        k(given.data.k.tensor()),
+        v(given.data.v.tensor()),
+        dout(given.dout.tensor()),
+        out(result.out.tensor()),
+        lse(result.lse.tensor()),
+        ids(chosen.ids.tensor()),
+        dq(slopes.dq.tensor()),
+        dk(slopes.dk.tensor()),
+        dv(slopes.dv.tensor()),
+        workspace(std::max(plan.workspace_bytes(), plan.backward_workspace_bytes())) {
+    if (!given.data.cu_seqlens_q) return;
+    cu_seqlens_q.emplace(given.data.cu_seqlens_q->tensor());
+    cu_seqlens_k.emplace(given.data.cu_seqlens_k->tensor());
+  }
+
+  void upload(const Given& given, cudaStream_t stream) const {
+    const Data& data = given.data;
+    q.upload(data.q.tensor().data, stream);
+    k.upload(data.k.tensor().data, stream);
+    v.upload(data.v.tensor().data, stream);
+    if (cu_seqlens_q) cu_seqlens_q->upload(data.cu_seqlens_q->tensor().data, stream);
+    if (cu_seqlens_k) cu_seqlens_k->upload(data.cu_seqlens_k->tensor().data, stream);
+    dout.upload(given.dout.tensor().data, stream);
+    if (given_choice) ids.upload(given_choice->ids.tensor().data, stream);
+    forget(stream);
+  }
+
+  // Outputs without results.
+  void forget(cudaStream_t stream) const {
+    out.upload(no_result.out.tensor().data, stream);
+    lse.upload(no_result.lse.tensor().data, stream);
+    dq.upload(no_slopes.dq.tensor().data, stream);
+    dk.upload(no_slopes.dk.tensor().data, stream);
+    dv.upload(no_slopes.dv.tensor().data, stream);
+    workspace.poison(stream);
+    MOBA_CUDA(cudaStreamSynchronize(stream));
+  }
+
+  // Over what forward chooses, or over all keys.
+  void run(bool all_keys, cudaStream_t stream) const {
+    Inputs inputs{q.tensor(), k.tensor(), v.tensor(), {}, {}};
+    if (cu_seqlens_q) inputs.cu_seqlens_q = cu_seqlens_q->tensor(), inputs.cu_seqlens_k = cu_seqlens_k->tensor();
+    const Outputs outputs{out.tensor(), lse.tensor()};
+    const ConstOutputs results{outputs.out, outputs.lse};
+    const Gradients gradients{dq.tensor(), dk.tensor(), dv.tensor()};
+    if (all_keys) {
+      dense(plan, inputs, outputs, workspace.bytes(), {stream});
+      dense_backward(plan, inputs, results, dout.tensor(), gradients, workspace.bytes(), {stream});
+    } else {
+      const Selection selection{ids.tensor(), {}, {}, {}};
+      if (given_choice) {
+        attend(plan, inputs, selection, outputs, workspace.bytes(), {stream});
+      } else {
+        forward(plan, inputs, selection, outputs, workspace.bytes(), {stream});
+      }
+      backward(plan, inputs, selection, results, dout.tensor(), gradients, workspace.bytes(), {stream});
     }
-    CudaRunner another(problem, cuda_options(family));
-    EXPECT_TRUE(bits(train(another, choice)) == expected) << "another plan";
+  }
+
+  std::vector<Bytes> results(cudaStream_t stream) {
+    out.download(result.out.tensor().data, stream);
+    lse.download(result.lse.tensor().data, stream);
+    dq.download(slopes.dq.tensor().data, stream);
+    dk.download(slopes.dk.tensor().data, stream);
+    dv.download(slopes.dv.tensor().data, stream);
+    MOBA_CUDA(cudaStreamSynchronize(stream));
+    return {bytes_of(result.out), bytes_of(result.lse), bytes_of(slopes.dq), bytes_of(slopes.dk), bytes_of(slopes.dv)};
+  }
+};
+
+void expect_thirty_the_same(const Choice& choice) {
+  const Given& given = choice.given;
+  const cudaStream_t stream = test_stream();
+  for (const std::string& family : families(given.c.problem())) {
+    Resident resident(given, family, choice.chosen()), another(given, family, choice.chosen());
+    resident.upload(given, stream);
+    another.upload(given, stream);
+    for (const bool all_keys : {false, true}) {
+      SCOPED_TRACE(::testing::Message() << given.c << ", " << family << (choice.sink ? ", sink" : "")
+                                        << (all_keys ? ", all keys" : ""));
+      resident.run(all_keys, stream);
+      const auto expected = resident.results(stream);
+      for (int i = 0; i < 30; ++i) {
+        resident.forget(stream);
+        resident.run(all_keys, stream);
+        ASSERT_TRUE(resident.results(stream) == expected) << "run " << i;
+      }
+      another.run(all_keys, stream);
+      EXPECT_TRUE(another.results(stream) == expected) << "another plan";
+    }
   }
 }
 
 class CudaBackwardDeterminism : public CudaTest {};
 
 TEST_F(CudaBackwardDeterminism, ThirtyRunsGiveTheSameBits) {
-  for (const Choice& choice : small_choices()) expect_the_same_again(choice, 30);
+  for (const Choice& choice : small_choices()) expect_thirty_the_same(choice);
 }
 
 TEST_F(CudaBackwardDeterminism, ThirtyLongRunsGiveTheSameBits) {
-  for (const Choice& choice : long_choices()) expect_the_same_again(choice, 30);
+  for (const Choice& choice : long_choices()) expect_thirty_the_same(choice);
 }
 
 TEST_F(CudaBackwardDeterminism, SmallRunsAgain) {
@@ -107,7 +213,16 @@ TEST_F(CudaBackwardDeterminism, SmallRunsAgain) {
     Case c{.dtype = DType::bf16, .q_heads = 4, .kv_heads = 2, .head_dim = d, .q_lengths = {60, 39}};
     c.k_lengths = {75, 99};
     c.config = {.block_size = 16, .top_k = 3};
-    expect_the_same_again({Given(c), false}, 2);
+    const Given given(c);
+    for (const std::string& family : families(c.problem())) {
+      SCOPED_TRACE(::testing::Message() << c << ", " << family);
+      CudaRunner run(c.problem(), cuda_options(family)), another(c.problem(), cuda_options(family));
+      const auto expected = bits(train(run, given)), dense = bits(train_dense(run, given));
+      for (CudaRunner* const again : {&run, &another}) {
+        EXPECT_TRUE(bits(train(*again, given)) == expected) << "backward";
+        EXPECT_TRUE(bits(train_dense(*again, given)) == dense) << "dense_backward";
+      }
+    }
   }
 }
 
@@ -123,127 +238,76 @@ Trained backward_again(CudaRunner& run, const Given& given, Trained trained) {
   return trained;
 }
 
+// A choice, what one kernel family made of it (over the choice; over all keys), and the gradients of that.
+struct Whole {
+  const Choice& choice;
+  CudaRunner run;
+  Trained trained[2];
+  reference::GradientRows expected[2];
+
+  explicit Whole(const Choice& made)
+      : choice(made), run(made.given.c.problem()), trained{train(run, made), train_dense(run, made.given)} {}
+};
+
 // Slabs of some heads, of one, of parts of the tokens; passes of parts of the keys of every block. The bits are those
 // of the plan.
-void expect_any_memory(const Choice& choice) {
-  const Given& given = choice.given;
+void expect_any_memory(const Whole& whole, const std::string& family) {
+  const Given& given = whole.choice.given;
   const Problem problem = given.c.problem();
-  for (const std::string& family : families(problem)) {
-    SCOPED_TRACE(::testing::Message() << given.c << ", " << family << (choice.sink ? ", sink" : ""));
-    CudaRunner run(problem, cuda_options(family));
-    const Trained whole[] = {train(run, choice), train_dense(run, given)};
-    reference::GradientRows expected[2];
-    in_parallel(2, [&](std::size_t i) { expected[i] = judged(given, whole[i]); });
-    const std::size_t least = least_workspace(problem, family), most = most_workspace(problem, family);
-    ASSERT_GT(least, 0u);
-    ASSERT_LT(least, most);
-    for (const int part : {0, 1, 5, 20, 50, 90}) {
-      const std::size_t limit = least + (most - least) / 100 * static_cast<std::size_t>(part);
-      CudaRunner little(problem, cuda_options(family, limit));
-      SCOPED_TRACE(::testing::Message() << "limit " << limit << " of " << most << ": " << little.plan().kernels());
-      EXPECT_LE(little.plan().backward_workspace_bytes(), limit);
-      for (const int i : {0, 1}) {
-        const Trained got = backward_again(little, given, whole[i]);
-        EXPECT_TRUE(near(given, got, expected[i])) << (i == 0 ? "backward" : "dense_backward");
-        EXPECT_TRUE(backward_again(little, given, whole[i]).slopes.bits() == got.slopes.bits());
-      }
+  SCOPED_TRACE(::testing::Message() << given.c << ", " << family << (whole.choice.sink ? ", sink" : ""));
+  const std::size_t least = least_workspace(problem, family), most = most_workspace(problem, family);
+  ASSERT_GT(least, 0u);
+  ASSERT_LT(least, most);
+  std::vector<Trained> got;  // by limit, two each
+  std::vector<std::string> plans;
+  for (const int part : {0, 1, 5, 20, 50, 90}) {
+    const std::size_t limit = least + (most - least) / 100 * static_cast<std::size_t>(part);
+    CudaRunner little(problem, cuda_options(family, limit));
+    plans.push_back("limit " + std::to_string(limit) + " of " + std::to_string(most) + ": " + little.plan().kernels());
+    EXPECT_LE(little.plan().backward_workspace_bytes(), limit) << plans.back();
+    for (const Trained& trained : whole.trained) {
+      got.push_back(backward_again(little, given, trained));
+      if (part % 20 != 0) continue;
+      EXPECT_TRUE(backward_again(little, given, trained).slopes.bits() == got.back().slopes.bits()) << plans.back();
     }
+  }
+  std::vector<::testing::AssertionResult> verdicts(got.size(), ::testing::AssertionSuccess());
+  in_parallel(got.size(), [&](std::size_t i) { verdicts[i] = near(given, got[i], whole.expected[i % 2]); });
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    EXPECT_TRUE(verdicts[i]) << (i % 2 == 0 ? "backward, " : "dense_backward, ") << plans[i / 2];
   }
 }
 
-TEST_F(CudaBackwardDeterminism, AnyMemoryWillDo) {
-  for (const Choice& choice : small_choices()) expect_any_memory(choice);
+void expect_any_memory(const std::vector<Choice>& choices) {
+  std::vector<std::unique_ptr<Whole>> wholes;
+  for (const Choice& choice : choices) wholes.push_back(std::make_unique<Whole>(choice));
+  in_parallel(2 * wholes.size(), [&](std::size_t i) {
+    Whole& whole = *wholes[i / 2];
+    whole.expected[i % 2] = judged(whole.choice.given, whole.trained[i % 2]);
+  });
+  for (const auto& whole : wholes) {
+    for (const std::string& family : families(whole->choice.given.c.problem())) expect_any_memory(*whole, family);
+  }
 }
 
+TEST_F(CudaBackwardDeterminism, AnyMemoryWillDo) { expect_any_memory(small_choices()); }
+
 TEST_F(CudaBackwardDeterminism, AnyMemoryWillDoForLongLists) {
-  for (const auto& [d, b] : {std::pair{64, 64}, {128, 128}, {96, 256}})
-    expect_any_memory(long_choice(6000, d, b, true));
+  expect_any_memory(
+      {long_choice(4000, 64, 64, true), long_choice(4000, 128, 128, true), long_choice(4000, 96, 256, true)});
 }
 
 // Blocks of more keys than one pass takes where memory is short.
 TEST_F(CudaBackwardDeterminism, AnyMemoryWillDoForLongBlocks) {
+  std::vector<Choice> choices;
   for (const std::int64_t d : {64, 128, 96}) {
     Case c{.name = "long blocks", .dtype = DType::bf16, .head_dim = d, .q_lengths = {300, 40}, .seed = run_seed()};
     c.k_lengths = {5 * 8192 / 2, 8192 + 3};
     c.config = {.block_size = 8192, .top_k = 2, .causal = d != 128};
-    expect_any_memory({Given(c), false});
+    choices.push_back({Given(c), false});
   }
+  expect_any_memory(choices);
 }
-
-// The tensors of forward, backward, dense and dense_backward on the device, where they stay from call to call.
-struct Resident {
-  Plan plan;
-  Attention result;
-  Chosen chosen;
-  Slopes slopes;
-  DeviceTensor q, k, v, cu_seqlens_q, cu_seqlens_k, dout, out, lse, ids, dq, dk, dv;
-  DeviceMemory workspace;
-
-  Resident(const Given& given, const std::string& family)
-      : plan(given.c.problem(), cuda_options(family)),
-        result(plan.problem()),
-        chosen(plan),
-        slopes(plan.problem()),
-        q(given.data.q.tensor()),
-        k(given.data.k.tensor()),
-        v(given.data.v.tensor()),
-        cu_seqlens_q(given.data.cu_seqlens_q->tensor()),
-        cu_seqlens_k(given.data.cu_seqlens_k->tensor()),
-        dout(given.dout.tensor()),
-        out(result.out.tensor()),
-        lse(result.lse.tensor()),
-        ids(chosen.ids.tensor()),
-        dq(slopes.dq.tensor()),
-        dk(slopes.dk.tensor()),
-        dv(slopes.dv.tensor()),
-        workspace(std::max(plan.workspace_bytes(), plan.backward_workspace_bytes())) {}
-
-  void upload(const Given& given, cudaStream_t stream) const {
-    const Data& data = given.data;
-    q.upload(data.q.tensor().data, stream);
-    k.upload(data.k.tensor().data, stream);
-    v.upload(data.v.tensor().data, stream);
-    cu_seqlens_q.upload(data.cu_seqlens_q->tensor().data, stream);
-    cu_seqlens_k.upload(data.cu_seqlens_k->tensor().data, stream);
-    dout.upload(given.dout.tensor().data, stream);
-    // Outputs without results.
-    const Attention no_result(plan.problem());
-    const Slopes no_slopes(plan.problem());
-    out.upload(no_result.out.tensor().data, stream);
-    lse.upload(no_result.lse.tensor().data, stream);
-    dq.upload(no_slopes.dq.tensor().data, stream);
-    dk.upload(no_slopes.dk.tensor().data, stream);
-    dv.upload(no_slopes.dv.tensor().data, stream);
-    workspace.poison(stream);
-    MOBA_CUDA(cudaStreamSynchronize(stream));
-  }
-
-  // Over what forward chooses, or over all keys.
-  void run(bool all_keys, cudaStream_t stream) const {
-    const Inputs inputs{q.tensor(), k.tensor(), v.tensor(), cu_seqlens_q.tensor(), cu_seqlens_k.tensor()};
-    const Outputs outputs{out.tensor(), lse.tensor()};
-    const ConstOutputs results{outputs.out, outputs.lse};
-    const Gradients gradients{dq.tensor(), dk.tensor(), dv.tensor()};
-    if (all_keys) {
-      dense(plan, inputs, outputs, workspace.bytes(), {stream});
-      dense_backward(plan, inputs, results, dout.tensor(), gradients, workspace.bytes(), {stream});
-    } else {
-      const Selection selection{ids.tensor(), {}, {}, {}};
-      forward(plan, inputs, selection, outputs, workspace.bytes(), {stream});
-      backward(plan, inputs, selection, results, dout.tensor(), gradients, workspace.bytes(), {stream});
-    }
-  }
-
-  std::vector<Bits> results(cudaStream_t stream) {
-    out.download(result.out.tensor().data, stream);
-    lse.download(result.lse.tensor().data, stream);
-    dq.download(slopes.dq.tensor().data, stream);
-    dk.download(slopes.dk.tensor().data, stream);
-    dv.download(slopes.dv.tensor().data, stream);
-    MOBA_CUDA(cudaStreamSynchronize(stream));
-    return {result.bits(), slopes.bits()};
-  }
-};
 
 // Nothing is loaded or allocated that a capture forbids. Means the most in a process of its own.
 TEST_F(CudaBackwardDeterminism, GraphsOfFirstCalls) {
@@ -276,7 +340,7 @@ TEST_F(CudaBackwardDeterminism, GraphsGiveWhatCallsGive) {
       for (const bool all_keys : {false, true}) {
         SCOPED_TRACE(::testing::Message() << first.c << ", " << family << (all_keys ? ", all keys" : ""));
         Resident resident(first, family);
-        std::vector<std::vector<Bits>> direct;
+        std::vector<std::vector<Bytes>> direct;
         for (const Given* given : {&first, static_cast<const Given*>(&second)}) {
           resident.upload(*given, stream);
           resident.run(all_keys, stream);
@@ -302,7 +366,7 @@ TEST_F(CudaBackwardDeterminism, CallsMayRunSideBySide) {
     for (const std::string& family : families(both[0]->c.problem())) {
       SCOPED_TRACE(::testing::Message() << both[0]->c << ", " << family);
       std::vector<std::unique_ptr<Resident>> residents;
-      std::vector<std::vector<Bits>> expected;
+      std::vector<std::vector<Bytes>> expected;
       cudaStream_t streams[2];
       for (const int i : {0, 1}) {
         MOBA_CUDA(cudaStreamCreateWithFlags(&streams[i], cudaStreamNonBlocking));

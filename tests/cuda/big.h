@@ -16,9 +16,10 @@ inline constexpr std::int64_t kDim = 128;
 class Repeated {
  public:
   Repeated(std::int64_t tokens, std::int64_t heads, std::int64_t period, std::uint64_t seed, float mean);
-  float get(std::int64_t token, std::int64_t head, std::int64_t x) const {
-    return bf16_to_float(pattern_[static_cast<std::size_t>((token % period_ * heads_ + head) * kDim + x)]);
+  const std::uint16_t* row(std::int64_t token, std::int64_t head) const {
+    return &pattern_[static_cast<std::size_t>((token % period_ * heads_ + head) * kDim)];
   }
+  float get(std::int64_t token, std::int64_t head, std::int64_t x) const { return bf16_to_float(row(token, head)[x]); }
   Tensor tensor() const;
 
  private:
@@ -47,7 +48,7 @@ struct Big {
 
 struct Tensors {
   Repeated q, k, v;
-  explicit Tensors(const Big& b);
+  explicit Tensors(const Big& b, std::int64_t q_period = 4001, std::int64_t k_period = 20011);
 };
 
 // Tokens of [tokens, heads, 128] where wrapped offsets would show, and those at both ends.
