@@ -170,7 +170,8 @@ __device__ __forceinline__ void issue_sum(float (&sum)[n], const std::uint32_t (
 
 // Order of a tile t: dV(t), dP(t); wait; dS(t); S(t + 1), dK(t); dS(t) to shared memory; wait for S(t + 1); P(t + 1)
 // under dK(t). The next tile may be of the next unit, whose keys are in the other stage already. No product is in
-// flight at the loop's head: ptxas serialises all of them if a loop carries one over.
+// flight at a loop's head: ptxas serialises all of them if a loop carries one over. The first tiles of a unit whose
+// rows see none of the group's keys take no part: dS is 0.
 template <class T, int d>
 __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::uint32_t base, const Unit* ring,
                                               int group) {
@@ -187,15 +188,21 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
   float dk[d / 2], dv[d / 2], s[32];  // s: S^T, P^T, then dP^T
   std::uint32_t p[16], ds[16];
 
-  int n = 0, tile = 0, tiles, mask_rows;  // tiles 0: no more units. Tiles from row mask_rows on see all keys
+  // tiles 0: no more units. Tiles before blind_tiles see nothing, those from row mask_rows on all keys.
+  int n = 0, tile = 0, tiles, blind_tiles, mask_rows;
   const auto wait_unit = [&] {
     ptx::barrier_wait(base + L::kKeyFull + (n & 1) * 8, (n >> 1) & 1);
     const Unit& unit = ring[n & 1];
-    mask_rows = unit.keys < L::kKeys ? unit.rows : unit.masked;
     tiles = (unit.rows + kTileRows - 1) / kTileRows;
+    mask_rows = unit.keys < L::kKeys ? unit.rows : unit.masked;
+    blind_tiles = 0;
+    if (mask_rows == 0) return;
+    const int blind = blind_rows(arguments, unit, group * kGroupKeys);
+    blind_tiles = blind == unit.rows ? tiles : blind / kTileRows;
   };
   Stage<L::kQStages> q(0);
   Stage<L::kDOStages> dout(0);
+  int ds_parity = 1;
   const auto values = [&](int stage) { return base + L::kValues + stage * L::kValueBytes + c * 8; };
   const auto issue_scores = [&] {
     issue_transposed<T, d>(s, group_keys + (n & 1) * (L::kKeyStage / 16), q_rows + q.number * (L::kTileBytes / 16));
@@ -208,39 +215,7 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
 #pragma unroll
     for (int j = 0; j < 16; ++j) p[j] = ptx::pack<T>(s[2 * j], s[2 * j + 1]);
   };
-
-  wait_unit();
-  if (tiles == 0) return;
-  ptx::barrier_wait(base + L::kQFull, 0);
-  ptx::fence_async_proxy();
-  issue_scores();
-  ptx::wgmma_wait<0>();
-  ptx::pin(s);
-  finish_weights();
-  pack_weights();
-  int ds_parity = 1;
-  do {
-    const int unit_number = n, q_stage = q.number, dout_stage = dout.number;
-    const bool accumulate = tile > 0;
-    ptx::barrier_wait(base + L::kDOFull + dout_stage * 8, dout.parity);
-    ptx::fence_async_proxy();
-    issue_sum<T>(dv, p, dout_columns + dout_stage * (L::kTileBytes / 16), accumulate);
-    issue_transposed<T, d>(s, group_keys + (n & 1) * (L::kKeyStage / 16) + L::kKeyBytes / 16,
-                           dout_rows + dout_stage * (L::kTileBytes / 16));
-    q.next();
-    dout.next();
-    if (++tile == tiles) {
-      tile = 0, ++n;
-      wait_unit();
-    }
-    ptx::wgmma_wait<0>();
-    ptx::pin(s);
-    ptx::barrier_arrive_if(lane == 0, base + L::kDOEmpty + dout_stage * 8);
-    slopes<T>(ds, p, s, values(q_stage) + kTileRows * 4);
-    if (tiles > 0) ptx::barrier_wait(base + L::kQFull + q.number * 8, q.parity);
-    ptx::fence_async_proxy();
-    issue_scores();  // behind the last tile a product that nobody reads
-    issue_sum<T>(dk, ds, q_columns + q_stage * (L::kTileBytes / 16), accumulate);
+  const auto store_slopes = [&] {
     ptx::barrier_wait(base + L::kDSEmpty, ds_parity);
     ds_parity ^= 1;
 #pragma unroll
@@ -251,21 +226,81 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
     ptx::fence_async_proxy();
     __syncwarp();
     ptx::barrier_arrive_if(lane == 0, base + L::kDSFull);
-    ptx::wgmma_wait<1>();
+  };
+  const auto finish_unit = [&](int number) {
+    const Unit unit = ring[number & 1];
+    __syncwarp();
+    ptx::barrier_arrive_if(lane == 0, base + L::kKeyEmpty + (number & 1) * 8);
+    store_sums<T, d>(arguments, unit, key, dk, dv);
+  };
+  const auto pass_tile = [&] {
+    ptx::barrier_wait(base + L::kQFull + q.number * 8, q.parity);
+    ptx::barrier_arrive_if(lane == 0, base + L::kQEmpty + q.number * 8);
+    ptx::barrier_wait(base + L::kDOFull + dout.number * 8, dout.parity);
+    ptx::barrier_arrive_if(lane == 0, base + L::kDOEmpty + dout.number * 8);
+    q.next();
+    dout.next();
+#pragma unroll
+    for (std::uint32_t& pair : ds) pair = 0;
+    store_slopes();
+  };
+
+  wait_unit();
+  while (tiles > 0) {
+    for (; tile < blind_tiles; ++tile) pass_tile();
+    if (tile == tiles) {
+#pragma unroll
+      for (int i = 0; i < d / 2; ++i) dk[i] = dv[i] = 0;
+      finish_unit(n);
+      tile = 0, ++n;
+      wait_unit();
+      continue;
+    }
+    ptx::barrier_wait(base + L::kQFull + q.number * 8, q.parity);
+    ptx::fence_async_proxy();
+    issue_scores();
+    ptx::wgmma_wait<0>();
     ptx::pin(s);
     finish_weights();
-    ptx::wgmma_wait<0>();
-    pack_weights();  // into the registers that dV read
-    ptx::barrier_arrive_if(lane == 0, base + L::kQEmpty + q_stage * 8);
-    if (tile == 0) {
-      const Unit unit = ring[unit_number & 1];
-      __syncwarp();
-      ptx::barrier_arrive_if(lane == 0, base + L::kKeyEmpty + (unit_number & 1) * 8);
-      ptx::pin(dk);
-      ptx::pin(dv);
-      store_sums<T, d>(arguments, unit, key, dk, dv);
-    }
-  } while (tiles > 0);
+    pack_weights();
+    bool goes_on;  // with the next tile
+    do {
+      const int unit_number = n, q_stage = q.number, dout_stage = dout.number;
+      const bool accumulate = tile > blind_tiles;
+      ptx::barrier_wait(base + L::kDOFull + dout_stage * 8, dout.parity);
+      ptx::fence_async_proxy();
+      issue_sum<T>(dv, p, dout_columns + dout_stage * (L::kTileBytes / 16), accumulate);
+      issue_transposed<T, d>(s, group_keys + (n & 1) * (L::kKeyStage / 16) + L::kKeyBytes / 16,
+                             dout_rows + dout_stage * (L::kTileBytes / 16));
+      q.next();
+      dout.next();
+      if (++tile == tiles) {
+        tile = 0, ++n;
+        wait_unit();
+      }
+      goes_on = tile > 0 || (tiles > 0 && blind_tiles == 0);
+      ptx::wgmma_wait<0>();
+      ptx::pin(s);
+      ptx::barrier_arrive_if(lane == 0, base + L::kDOEmpty + dout_stage * 8);
+      slopes<T>(ds, p, s, values(q_stage) + kTileRows * 4);
+      if (goes_on) ptx::barrier_wait(base + L::kQFull + q.number * 8, q.parity);
+      ptx::fence_async_proxy();
+      issue_scores();  // where it does not go on a product that nobody reads
+      issue_sum<T>(dk, ds, q_columns + q_stage * (L::kTileBytes / 16), accumulate);
+      store_slopes();
+      ptx::wgmma_wait<1>();
+      ptx::pin(s);
+      finish_weights();
+      ptx::wgmma_wait<0>();
+      pack_weights();  // into the registers that dV read
+      ptx::barrier_arrive_if(lane == 0, base + L::kQEmpty + q_stage * 8);
+      if (tile == 0) {
+        ptx::pin(dk);
+        ptx::pin(dv);
+        finish_unit(unit_number);
+      }
+    } while (goes_on);
+  }
 }
 
 }  // namespace moba::cuda::gradient
