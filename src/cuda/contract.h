@@ -229,7 +229,7 @@ std::size_t index_scratch_bytes(const Shape&, Slab);
 void index(const Shape&, Slab, Batch, IdsView<const std::int32_t> ids, CountsView counts, const Index&,
            const std::int64_t* offsets_begin, void* scratch, cudaStream_t);
 
-// units.cu. rows_per_unit is a multiple of 64. Both set counters; long units first within a key head.
+// units.cu, dense_units.cu. rows_per_unit is a multiple of 64. Both set counters; long units first within a key head.
 std::int64_t unit_capacity(const Shape&, Slab, int rows_per_unit);
 std::int64_t dense_unit_capacity(const Shape&, int rows_per_unit);
 void list_units(const Shape&, Slab, Batch, const Index&, int rows_per_unit, const UnitList&, cudaStream_t);
@@ -270,8 +270,8 @@ std::int64_t row_value_count(const Shape&, Slab);
 void row_values(const Shape&, Slab, View<const void> out, View<const void> dout, View<const void> lse, const RowValues&,
                 cudaStream_t);
 
-// units.cu, as list_units. Dense: lists of all the rows of the slab that see a part of their sequence, which then
-// stands for a block.
+// units.cu, dense_units.cu, as the functions above. Dense: lists of all the rows of the slab that see a part of their
+// sequence, which then stands for a block.
 std::int64_t backward_unit_capacity(const Shape&, Slab, const Pass&);
 std::int64_t dense_backward_unit_capacity(const Shape&, Slab, const Pass&);
 struct ShareCapacity {
