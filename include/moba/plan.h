@@ -91,8 +91,8 @@ class MOBA_EXPORT Plan {
   // beyond its tensors, but on the cpu for about 100 bytes a sequence of the batch. (The reference backend allocates
   // some more inside its loops.)
   std::size_t workspace_bytes() const;
-  // The same of backward and dense_backward, which need more: sums of dk and dv in float32; on cuda also partial results
-  // of dq.
+  // The same of backward and dense_backward, which need more: sums of dk and dv in float32; on cuda also partial
+  // results of dq.
   std::size_t backward_workspace_bytes() const;
   // Whether forward is dense(): the longest sequence allowed has at most top_k blocks, so every row chooses all of
   // them.

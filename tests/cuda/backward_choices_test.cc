@@ -45,7 +45,7 @@ TEST_F(CudaBackwardChoices, SmallRowsWithoutKeys) {
   for (const auto& [d, block_size] : {std::pair{64, 16}, {128, 128}, {128, 144}, {96, 48}}) {
     for (const bool shared : {false, true}) {
       Case c{.dtype = DType::bf16, .q_heads = 4, .kv_heads = 2, .head_dim = d, .q_lengths = {block_size, 40}};
-      c.k_lengths = {4 * block_size, 50};
+      c.k_lengths = {std::int64_t{4} * block_size, 50};
       c.config = {.block_size = block_size, .top_k = 2};
       const Given given(c);
       const std::int32_t own = 3;  // of all rows of the first sequence

@@ -283,6 +283,7 @@ void expect_any_memory(const Whole& whole, const std::string& family) {
 
 void expect_any_memory(const std::vector<Choice>& choices) {
   std::vector<std::unique_ptr<Whole>> wholes;
+  wholes.reserve(choices.size());
   for (const Choice& choice : choices) wholes.push_back(std::make_unique<Whole>(choice));
   in_parallel(2 * wholes.size(), [&](std::size_t i) {
     Whole& whole = *wholes[i / 2];
