@@ -153,7 +153,9 @@ Call checked_attention(const Plan& plan, const Inputs& inputs, const Selection* 
 void forward_into(const Plan& plan, const Inputs& inputs, const Selection* kept, const Outputs& outputs,
                   Workspace workspace, Stream stream) {
   const bool is_dense = plan.forward_is_dense();
-  const bool chooses_all = is_dense && kept != nullptr && kept->ids.given() && plan.impl().device == Device::cuda;
+  // Whatever is given of the selection: without ids it is refused.
+  const bool chooses_all = is_dense && kept != nullptr && plan.impl().device == Device::cuda &&
+                           (kept->ids.given() || kept->counts.given() || kept->offsets.given() || kept->rows.given());
   const Call call =
       checked_attention(plan, inputs, is_dense && !chooses_all ? nullptr : kept, outputs, workspace, stream);
   if (chooses_all) {

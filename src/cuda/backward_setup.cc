@@ -8,6 +8,8 @@ namespace moba::cuda {
 namespace {
 
 constexpr std::int64_t kTokenStep = 128;                     // slabs of part of the tokens are cut at multiples of this
+constexpr std::size_t kSlabScratch = std::size_t{1} << 30;   // beside the sums over slabs of tokens
+constexpr std::int64_t kMostLists = 1 << 24;                 // of a key head, parts counted
 constexpr std::size_t kSmallDense = std::size_t{256} << 20;  // dense_backward may have so much, or what backward takes
 
 // What is done at a time: parts of every block for some rows. Tokens and parts are all there are, or part of them.
@@ -33,32 +35,50 @@ std::size_t bytes_of(const Setup& setup, BackwardSetup backward, const Portion& 
   return carver.used();
 }
 
+// Tokens of the smallest slab: lists of a tile of rows on average, or each unit would load its keys for nothing.
+std::int64_t least_tokens(const Shape& s, const BackwardSetup& backward) {
+  constexpr std::int64_t kRows = 64;
+  const std::int64_t rows = backward.dense ? 16 * kRows : kRows * s.max_blocks / s.slots;
+  return ceil_div(std::max<std::int64_t>(1, rows / s.group), kTokenStep) * kTokenStep;
+}
+
 // As much at a time as `limit` allows, in about equal portions: whole key heads, else all rows and parts of the blocks
-// of one, else some rows and one part of each block. Returns the bytes, which are more than the limit only where there
-// is no choice.
-std::size_t choose_portions(const Setup& setup, BackwardSetup& backward, std::size_t limit) {
-  const std::int64_t tokens = std::max(1, setup.shape.total_q), heads = setup.shape.kv_heads;
+// of one, else some rows and one part of each block, for which sums over slabs are kept: those are beyond the limit
+// where it is not the caller's. Returns the bytes, which are more than a caller's limit only where there is no choice.
+std::size_t choose_portions(const Setup& setup, BackwardSetup& backward, std::size_t limit, bool is_callers) {
+  const Shape& s = setup.shape;
+  const std::int64_t tokens = std::max(1, s.total_q), heads = s.kv_heads;
   const std::int64_t parts = backward.all_parts, steps = ceil_div(tokens, kTokenStep);
-  const auto fits = [&](std::int64_t h, std::int64_t t, std::int64_t p) {
-    return bytes_of(setup, backward, {h, std::min(t, tokens), p}) <= limit;
+  const std::int64_t lists = std::max(1, backward.dense ? s.batch : s.max_blocks);
+  const auto bytes = [&](const Portion& portion) { return bytes_of(setup, backward, portion); };
+  const auto fits = [&](const Portion& portion) {
+    return lists * portion.parts <= kMostLists && bytes(portion) <= limit;
   };
   Portion chosen{1, tokens, 1};
-  if (const auto most = largest(heads, [&](std::int64_t n) { return fits(n, tokens, parts); }); most > 0) {
+  if (const auto most = largest(heads, [&](std::int64_t n) { return fits({n, tokens, parts}); }); most > 0) {
     chosen = {ceil_div(heads, ceil_div(heads, most)), tokens, parts};
-  } else if (const auto most_parts = largest(parts, [&](std::int64_t n) { return fits(1, tokens, n); });
+  } else if (const auto most_parts = largest(parts,
+                                             [&](std::int64_t n) {
+                                               return fits({1, tokens, n});
+                                             });
              most_parts > 0) {
     chosen.parts = ceil_div(parts, ceil_div(parts, most_parts));
   } else {
+    const std::size_t totals =
+        std::size_t{8} * static_cast<std::size_t>(s.total_k) * static_cast<std::size_t>(s.head_dim);
+    const std::size_t slab_limit = is_callers ? limit : std::max(limit, totals + kSlabScratch);
     const auto most_steps =
-        std::max<std::int64_t>(1, largest(steps, [&](std::int64_t n) { return fits(1, n * kTokenStep, 1); }));
-    chosen.tokens = std::min(tokens, ceil_div(steps, ceil_div(steps, most_steps)) * kTokenStep);
-    // The sums of keys over slabs may take more than slabs save.
-    if (bytes_of(setup, backward, {1, tokens, 1}) <= bytes_of(setup, backward, chosen)) chosen.tokens = tokens;
+        std::max<std::int64_t>(1, largest(steps, [&](std::int64_t n) {
+                                 return bytes({1, std::min(tokens, n * kTokenStep), 1}) <= slab_limit;
+                               }));
+    const std::int64_t even = ceil_div(steps, ceil_div(steps, most_steps)) * kTokenStep;
+    const Portion slab{1, std::min(tokens, std::max(even, least_tokens(s, backward))), 1};
+    if (bytes(slab) < bytes(chosen)) chosen = slab;  // the sums over slabs may take more than slabs save
   }
   backward.slab_heads = static_cast<int>(chosen.heads);
   backward.slab_tokens = static_cast<int>(chosen.tokens);
   backward.parts = static_cast<int>(chosen.parts);
-  return bytes_of(setup, backward, chosen);
+  return bytes(chosen);
 }
 
 }  // namespace
@@ -95,6 +115,7 @@ BackwardMemory::BackwardMemory(Carver& carver, const Setup& setup, const Backwar
 }
 
 std::size_t prepare_backward(Setup& setup, const Plan::Impl& plan, bool sm90, std::size_t limit) {
+  const bool is_callers = plan.options.workspace_limit > 0;
   const Shape& s = setup.shape;
   const std::int64_t longest = std::max<std::int64_t>(1, plan.problem.max_seqlen_k);
   setup.backward = sm90 ? BackwardKernel::sm90 : BackwardKernel::portable;
@@ -109,8 +130,8 @@ std::size_t prepare_backward(Setup& setup, const Plan::Impl& plan, bool sm90, st
   chosen.rows_per_unit = rows_per_unit(s, rows * s.slots);
   dense.rows_per_unit = rows_per_unit(s, rows * dense.all_parts);
   // The memory is for either; a plan that is made for the one is not to pay for the other.
-  const std::size_t bytes = choose_portions(setup, chosen, limit);
-  return std::max(bytes, choose_portions(setup, dense, std::min(limit, std::max(bytes, kSmallDense))));
+  const std::size_t bytes = choose_portions(setup, chosen, limit, is_callers);
+  return std::max(bytes, choose_portions(setup, dense, std::min(limit, std::max(bytes, kSmallDense)), is_callers));
 }
 
 }  // namespace moba::cuda

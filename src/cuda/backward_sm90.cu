@@ -34,7 +34,8 @@ namespace moba::cuda {
 namespace gradient {
 namespace {
 
-// The dQ warpgroup. 64 columns at a time: all of 128 would read dS once less, but take 32 registers that are not left.
+// The dQ warpgroup. Short keys came by cp.async: the key warpgroups fence them for wgmma before they hand over dS. 64
+// columns at a time: all of 128 would read dS once less, but take 32 registers that are not left.
 template <class T, int d>
 __device__ __forceinline__ void multiply_queries(const Arguments& arguments, std::uint32_t base, const Unit* ring) {
   using L = Layout<d>;

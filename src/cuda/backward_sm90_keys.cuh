@@ -235,8 +235,9 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
   };
   const auto pass_tile = [&] {
     ptx::barrier_wait(base + L::kQFull + q.number * 8, q.parity);
-    ptx::barrier_arrive_if(lane == 0, base + L::kQEmpty + q.number * 8);
     ptx::barrier_wait(base + L::kDOFull + dout.number * 8, dout.parity);
+    __syncwarp();  // all lanes have seen both
+    ptx::barrier_arrive_if(lane == 0, base + L::kQEmpty + q.number * 8);
     ptx::barrier_arrive_if(lane == 0, base + L::kDOEmpty + dout.number * 8);
     q.next();
     dout.next();

@@ -262,6 +262,19 @@ TEST(CudaSetup, BackwardKeepsALimitOrSaysWhatItNeeds) {
   }
 }
 
+// Each slab of tokens has many rows for each block: with few, units would load keys for next to nothing.
+TEST(CudaSetup, BackwardOfLongSequencesTakesLargeSlabs) {
+  for (const Problem& problem : {problem_of(1'500'000, 16, 16, 128, {.block_size = 128, .top_k = 8}),
+                                 problem_of(1'500'000, 32, 8, 128, {.block_size = 128, .top_k = 8}),
+                                 problem_of(10'000'000, 1, 1, 128, {.block_size = 4096, .top_k = 12})}) {
+    const Plan::Impl plan = planned(problem, kH200);
+    const cuda::BackwardSetup& backward = plan.cuda->chosen_backward;
+    const std::int64_t rows = std::int64_t{backward.slab_tokens} * plan.group * plan.slots;
+    EXPECT_GE(rows, 64 * plan.max_blocks) << problem.total_q << " tokens, slabs of " << backward.slab_tokens;
+    EXPECT_LE(backward_workspace_of(plan), key_sums(problem) + 1536 * kMiB);
+  }
+}
+
 TEST(CudaSetup, RefusesWhatTheKernelsDoNotServe) {
   EXPECT_EQ(message_of(good_problem()), "accepted");
   struct Row {

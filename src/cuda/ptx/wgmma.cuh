@@ -64,7 +64,8 @@ __device__ __forceinline__ std::uint64_t descriptor(std::uint32_t low_word) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE \
                "." TYPE " " REGISTERS ", %" A ", %" B ", p, 1, 1, 0, %" MAJOR ";\n}"                              \
                : ACCUMULATORS                                                                                     \
-               : "l"(descriptor(a)), "l"(descriptor(b)), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kMajor)))
+               : "l"(descriptor(a)), "l"(descriptor(b)), "r"(static_cast<int>(accumulate)),                       \
+                 "n"(static_cast<int>(kMajor)))
 
 enum Major { kMajorK = 0, kMajorN = 1 };
 
