@@ -94,7 +94,8 @@ MOBA_EXPORT void dense(const Plan& plan, const Inputs& inputs, const Outputs& ou
 // anything else.
 //
 // On cuda it reads ids instead, [Tq, Hq, slots] or [Tq, Hk, slots], and is dense_backward() only where they are left
-// out. The same call gives the same bits, always; nothing is added up atomically.
+// out; ids that nobody wrote are read as they stand. With the same plan, on the same kind of device, the same call
+// gives the same bits in every run: nothing is added up atomically.
 MOBA_EXPORT void backward(const Plan& plan, const Inputs& inputs, const Selection& selection,
                           const ConstOutputs& results, const ConstTensor& dout, const Gradients& gradients,
                           Workspace workspace, Stream stream = {});

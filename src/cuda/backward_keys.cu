@@ -1,6 +1,7 @@
 // dk and dv behind the products of backward: the sums of what several units have of the same keys, and the keys that no
 // unit has.
 #include "cuda/batch.cuh"
+#include "cuda/chunk.cuh"
 #include "cuda/contract.h"
 #include "cuda/divide.cuh"
 #include "cuda/lanes.cuh"
@@ -12,9 +13,8 @@ namespace moba::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLoads = 8;                       // shares in flight a thread
-constexpr int kCtasPerSm = 8;                   // of sum_splits
-constexpr std::uint32_t kNanPair = 0x7fff7fff;  // two NaN, f16 or bf16
+constexpr int kLoads = 8;      // shares in flight a thread
+constexpr int kCtasPerSm = 8;  // of sum_splits
 
 template <class T>
 __device__ __forceinline__ uint2 pack(const float4& x) {

@@ -4,6 +4,7 @@
 #include <numbers>
 
 #include "cuda/batch.cuh"
+#include "cuda/chunk.cuh"
 #include "cuda/contract.h"
 #include "cuda/divide.cuh"
 #include "cuda/lanes.cuh"
@@ -15,10 +16,7 @@ namespace moba::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLoads = 8;                       // partial rows in flight a lane
-constexpr std::uint32_t kNanPair = 0x7fff7fff;  // two NaN, f16 or bf16
-
-__device__ __forceinline__ uint4 splat(std::uint32_t word) { return make_uint4(word, word, word, word); }
+constexpr int kLoads = 8;  // partial rows in flight a lane
 
 // Lanes of a row, a chunk of 16 bytes each; for head dims between some have none.
 int lanes_of(int head_dim) { return head_dim <= 64 ? 8 : head_dim <= 128 ? 16 : 32; }

@@ -7,7 +7,6 @@
 namespace moba::cuda {
 namespace {
 
-constexpr std::int64_t kTokenStep = 128;                     // slabs of part of the tokens are cut at multiples of this
 constexpr std::size_t kSlabScratch = std::size_t{1} << 30;   // beside the sums over slabs of tokens
 constexpr std::int64_t kMostLists = 1 << 24;                 // of a key head, parts counted
 constexpr std::size_t kSmallDense = std::size_t{256} << 20;  // dense_backward may have so much, or what backward takes

@@ -1,7 +1,6 @@
-// A key warpgroup of backward_sm90.cu: S^T, dP^T, dV and dK of 64 keys. Of a tile's transposed matrices [64 keys, 64
-// rows], and of dK and dV [64 keys, d], warp w has the keys 16w to 16w + 15; its lane 4r + c has the columns 8j + 2c
-// and
-// + 1 of two keys: of key r in x[4j], x[4j + 1], of key r + 8 in x[4j + 2], x[4j + 3].
+// A key warpgroup of backward_sm90.cu: S^T, dP^T, dV and dK of 64 keys. Of a tile's transposed matrices
+// [64 keys, 64 rows], and of dK and dV [64 keys, d], warp w has the keys 16w to 16w + 15. Its lane 4r + c has the
+// columns 8j + 2c, 8j + 2c + 1 of two keys: of key r in x[4j], x[4j + 1], of key r + 8 in x[4j + 2], x[4j + 3].
 #pragma once
 
 #include <cstdint>

@@ -97,8 +97,7 @@ inline constexpr std::int32_t kInvalidRow = -2;
 
 // A work unit of attend or backward: rows of one list against one key range.
 struct alignas(16) Unit {
-  std::int64_t
-      first;  // list: first entry of the unit in Index::rows and in the partials; dense: of backward, the latter
+  std::int64_t first;            // first entry of the unit in Index::rows (lists) and in the partials
   std::int32_t head;             // key head, of all (not of the slab)
   std::int32_t key_begin, keys;  // tokens of k; keys >= 1, for dense the keys that the unit's last row sees
   std::int32_t rows;             // >= 1
@@ -229,7 +228,8 @@ std::size_t index_scratch_bytes(const Shape&, Slab);
 void index(const Shape&, Slab, Batch, IdsView<const std::int32_t> ids, CountsView counts, const Index&,
            const std::int64_t* offsets_begin, void* scratch, cudaStream_t);
 
-// units.cu, dense_units.cu. rows_per_unit is a multiple of 64. Both set counters; long units first within a key head.
+// units.cu, dense_units.cu. rows_per_unit is a multiple of 64. Both set counters; long units first within a key
+// head, or for backward within a section of heads (unit_lists.cuh).
 std::int64_t unit_capacity(const Shape&, Slab, int rows_per_unit);
 std::int64_t dense_unit_capacity(const Shape&, int rows_per_unit);
 void list_units(const Shape&, Slab, Batch, const Index&, int rows_per_unit, const UnitList&, cudaStream_t);

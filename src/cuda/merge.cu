@@ -4,6 +4,7 @@
 #include <numbers>
 
 #include "cuda/batch.cuh"
+#include "cuda/chunk.cuh"
 #include "cuda/contract.h"
 #include "cuda/divide.cuh"
 #include "cuda/lanes.cuh"
@@ -17,9 +18,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kLoads = 8;           // partial rows in flight a lane: 3.9 TB/s at 8 slots, 4.1 at 16, on an H200
 constexpr float kNoWeight = -1.0f;  // of a partial that is not there: its out says nothing
-constexpr std::uint32_t kNanPair = 0x7fff7fff;  // two NaN, f16 or bf16
-
-__device__ __forceinline__ uint4 splat(std::uint32_t word) { return make_uint4(word, word, word, word); }
 
 template <class T>
 __device__ __forceinline__ void add_weighted(float (&sum)[8], float weight, const uint4& chunk) {

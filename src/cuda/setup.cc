@@ -14,7 +14,6 @@ namespace {
 constexpr std::size_t kDefaultScratch = std::size_t{2} << 30;
 constexpr std::size_t kDefaultBackward = std::size_t{1408} << 20;  // with the selection 1.5 GiB for 64K x 16 heads
 constexpr std::size_t kSmallIndex = std::size_t{256} << 20;        // every plan has so much: index() cannot take less
-constexpr std::int64_t kTokenStep = 128;  // slabs of part of the tokens are cut at multiples of this
 constexpr std::int64_t kMaxInt = std::numeric_limits<std::int32_t>::max();
 constexpr std::int64_t kMaxEntries = kMaxInt + 1 - (1 << 16);  // of a key head: kernels round their number up
 constexpr std::int64_t kMaxGrid = 65535;                       // a head is a y of a grid

@@ -12,6 +12,8 @@
 
 namespace moba::cuda {
 
+inline constexpr std::int64_t kTokenStep = 128;  // slabs of part of the tokens are cut at multiples of this
+
 enum class GateKernel : std::uint8_t { sm90, portable };
 enum class AttendKernel : std::uint8_t {
   resident_sm90,  // a block of at most 128 keys stays in shared memory, many rows pass by
