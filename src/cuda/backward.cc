@@ -28,8 +28,7 @@ struct Job {
   BackwardMemory memory;
 
   bool dense() const { return selection == nullptr; }
-  bool sums_keys() const { return setup.slab_tokens < call.shape.total_q; }
-  KeyTotals key_totals() const { return sums_keys() ? memory.key_totals : KeyTotals{}; }
+  bool sums_keys() const { return setup.sums_keys(call.shape); }
   Pass pass(int part_begin) const {
     return {setup.rows_per_unit, setup.part_keys, part_begin, std::min(setup.parts, setup.all_parts - part_begin)};
   }
@@ -53,11 +52,11 @@ void run_pass(const Job& job, Slab slab, int part_begin) {
   const BackwardInput input{
       view(c.call.q), view(c.call.k), view(c.call.v), view(job.given.dout), job.dense() ? nullptr : m.index.rows,
       m.values};
-  const BackwardOutput output{m.dq, m.part_stride, m.shares, dk, dv, job.key_totals()};
+  const BackwardOutput output{m.dq, m.part_stride, m.shares, dk, dv, m.key_totals};
   const auto kernel = c.setup.backward == BackwardKernel::sm90 ? backward_sm90 : backward_portable;
   kernel(c.shape, slab, input, m.units, output, c.stream);
   job.done("products");
-  sum_shares(c.shape, pass, m.share_list, m.shares, dk, dv, job.key_totals(), c.stream);
+  sum_shares(c.shape, pass, m.share_list, m.shares, dk, dv, m.key_totals, c.stream);
   job.done("shares");
 
   IdsView<const std::int32_t> ids{};

@@ -85,7 +85,6 @@ std::size_t choose_portions(const Setup& setup, BackwardSetup& backward, std::si
 BackwardMemory::BackwardMemory(Carver& carver, const Setup& setup, const BackwardSetup& backward) {
   const Shape& s = setup.shape;
   const Slab slab{0, backward.slab_heads, 0, backward.slab_tokens};
-  const bool sums_keys = backward.slab_tokens < s.total_q;
   const Pass pass{backward.rows_per_unit, backward.part_keys, 0, backward.parts};
   const std::int64_t rows = std::int64_t{slab.heads} * slab.tokens * s.group;
   const std::int64_t entries = backward.dense ? rows : rows * s.slots;
@@ -107,7 +106,7 @@ BackwardMemory::BackwardMemory(Carver& carver, const Setup& setup, const Backwar
   part_stride = entries;
   dq = carver.take<std::uint16_t>(entries * backward.parts * s.head_dim);
   if (backward.parts < backward.all_parts) query_totals = carver.take<float>(rows * s.head_dim);
-  if (sums_keys) {
+  if (backward.sums_keys(s)) {
     key_totals.dk = carver.take<float>(std::int64_t{s.total_k} * s.head_dim);
     key_totals.dv = carver.take<float>(std::int64_t{s.total_k} * s.head_dim);
   }

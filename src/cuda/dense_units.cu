@@ -181,18 +181,11 @@ void list_dense_units(const Shape& shape, Batch batch, int rows_per_unit, const 
 
 void list_dense_backward_units(const Shape& shape, Slab slab, Batch batch, const Pass& pass, const UnitList& list,
                                const ShareList& shares, cudaStream_t stream) {
-  MOBA_CUDA(cudaMemsetAsync(shares.counters, 0, 2 * sizeof(std::int32_t), stream));
-  const ListsOfHeads heads{slab.head_begin,
-                           slab.heads,
-                           shape.batch * pass.parts,
-                           shape.group,
-                           pass.rows_per_unit,
-                           shape.causal,
-                           dense_backward_unit_capacity(shape, slab, pass),
-                           backward_section(shape, slab)};
-  launch_cut(DensePartLists{heads, batch.sequences, slab.token_begin, slab.tokens, pass.part_keys, pass.part_begin,
-                            pass.parts},
-             shape.sm_count, nullptr, list, shares, stream);
+  const ListsOfHeads heads =
+      backward_heads(shape, slab, pass, shape.batch, dense_backward_unit_capacity(shape, slab, pass));
+  launch_backward_cut(DensePartLists{heads, batch.sequences, slab.token_begin, slab.tokens, pass.part_keys,
+                                     pass.part_begin, pass.parts},
+                      shape.sm_count, nullptr, list, shares, stream);
 }
 
 }  // namespace moba::cuda

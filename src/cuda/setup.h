@@ -29,6 +29,9 @@ struct BackwardSetup {
   int rows_per_unit = 64, part_keys = 64;
   int all_parts = 1, parts = 1;         // of the longest block (dense: sequence); at a time
   int slab_heads = 1, slab_tokens = 1;  // largest slab
+
+  // Whether dk and dv are summed up over several slabs.
+  bool sums_keys(const Shape& shape) const { return slab_tokens < shape.total_q; }
 };
 
 struct Setup {

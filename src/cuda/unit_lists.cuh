@@ -181,6 +181,12 @@ inline int backward_section(const Shape& shape, Slab slab) {
       std::clamp<std::int64_t>(kSectionBytes / std::max<std::int64_t>(1, head_bytes), 1, std::max(1, slab.heads)));
 }
 
+// What backward cuts in a pass: `lists` (blocks or sequences) of each head, into their parts.
+inline ListsOfHeads backward_heads(const Shape& shape, Slab slab, const Pass& pass, int lists, std::int64_t capacity) {
+  return {slab.head_begin,    slab.heads,   lists * pass.parts, shape.group,
+          pass.rows_per_unit, shape.causal, capacity,           backward_section(shape, slab)};
+}
+
 // What a pass of backward has to cut: lists, and rows in all of them.
 struct Total {
   std::int64_t lists, rows;
@@ -197,6 +203,14 @@ void launch_cut(const Lists& lists, int sm_count, const std::int32_t* row_ids, c
   const int wanted = divide_up(lists.count, kListsPerCta);
   const int parts = std::clamp(wanted, 1, std::max(1, 2 * sm_count / std::max(1, lists.heads)));
   launch(cut_lists<Lists>, dim3(parts, std::max(1, lists.heads)), kThreads, 0, stream, lists, row_ids, list, shares);
+}
+
+// The same where lists of several units put dk and dv into shares.
+template <class Lists>
+void launch_backward_cut(const Lists& lists, int sm_count, const std::int32_t* row_ids, const UnitList& list,
+                         const ShareList& shares, cudaStream_t stream) {
+  MOBA_CUDA(cudaMemsetAsync(shares.counters, 0, 2 * sizeof(std::int32_t), stream));
+  launch_cut(lists, sm_count, row_ids, list, shares, stream);
 }
 
 }  // namespace moba::cuda::cutting

@@ -121,18 +121,11 @@ void list_units(const Shape& shape, Slab slab, Batch batch, const Index& index, 
 
 void list_backward_units(const Shape& shape, Slab slab, Batch batch, const Index& index, const Pass& pass,
                          const UnitList& list, const ShareList& shares, cudaStream_t stream) {
-  MOBA_CUDA(cudaMemsetAsync(shares.counters, 0, 2 * sizeof(std::int32_t), stream));
-  const ListsOfHeads heads{slab.head_begin,
-                           slab.heads,
-                           shape.max_blocks * pass.parts,
-                           shape.group,
-                           pass.rows_per_unit,
-                           shape.causal,
-                           backward_unit_capacity(shape, slab, pass),
-                           backward_section(shape, slab)};
+  const ListsOfHeads heads =
+      backward_heads(shape, slab, pass, shape.max_blocks, backward_unit_capacity(shape, slab, pass));
   const ChosenLists chosen{heads, batch.blocks, index.offsets, index.rows};
-  launch_cut(PartLists{chosen, shape.max_blocks, pass.part_keys, pass.part_begin, pass.parts}, shape.sm_count,
-             index.rows, list, shares, stream);
+  launch_backward_cut(PartLists{chosen, shape.max_blocks, pass.part_keys, pass.part_begin, pass.parts}, shape.sm_count,
+                      index.rows, list, shares, stream);
 }
 
 }  // namespace moba::cuda
