@@ -36,16 +36,7 @@ void expect_all_nan(CudaRunner& run, const Given& bad, Trained trained) {
 class CudaBackwardBadValues : public CudaTest {};
 
 TEST_F(CudaBackwardBadValues, SmallTablesThatLie) {
-  struct Lie {
-    bool q;  // else k
-    std::vector<std::int32_t> entries;
-  };
-  const std::vector<Lie> lies{{true, {1, 60, 99}},    {true, {0, 100, 99}},          {true, {0, -1, 99}},
-                              {true, {0, 60, 98}},    {true, {0, 60, 100}},          {true, {0, 61, 99}},
-                              {true, {0, kMost, 99}}, {true, {99, 60, 0}},           {false, {1, 75, 174}},
-                              {false, {0, 175, 174}}, {false, {0, 75, 173}},         {false, {0, 100, 174}},
-                              {false, {0, 75, 175}},  {false, {0, kMost, 174}},      {false, {0, -kMost, 174}},
-                              {false, {0, 74, 174}},  {false, {kMost, kMost, kMost}}};
+  const std::vector<Lie> lies = tables_that_lie();
   for (const std::int64_t d : {32, 64, 128}) {
     Case c{
         .dtype = DType::bf16, .q_heads = 4, .kv_heads = 2, .head_dim = d, .q_lengths = {60, 39}, .k_lengths = {75, 99}};
@@ -58,8 +49,7 @@ TEST_F(CudaBackwardBadValues, SmallTablesThatLie) {
       for (std::size_t i = 0; i < lies.size(); ++i) {
         SCOPED_TRACE(::testing::Message() << c << ", " << family << ", lie " << i);
         Given bad(c);
-        Array& table = lies[i].q ? *bad.data.cu_seqlens_q : *bad.data.cu_seqlens_k;
-        for (std::int64_t j = 0; j < 3; ++j) table.as<std::int32_t>(j) = lies[i].entries[static_cast<std::size_t>(j)];
+        lies[i].tell(bad.data);
         expect_all_nan(run, bad, good);
       }
       EXPECT_TRUE(train(run, given).slopes.bits() == good.slopes.bits());  // the next call is as good as any
@@ -84,12 +74,8 @@ TEST_F(CudaBackwardBadValues, LongTablesThatLie) {
 
 // Queries before the first key have no row in a table of the caller's: such cu_seqlens are not as they must be.
 TEST_F(CudaBackwardBadValues, SmallRopeTableWithoutNegativePositions) {
-  Array cos(DType::f32, {20, 32}, {.tight = true}), sin(DType::f32, {20, 32}, {.tight = true});
-  cos.fill(1);
-  sin.fill(2);
-  Case c{.dtype = DType::bf16, .head_dim = 64, .q_lengths = {30, 5}, .k_lengths = {10, 20}, .config = {.top_k = 1}};
-  c.config.block_size = 16;
-  c.rope = Rope{.cos = std::as_const(cos).tensor(), .sin = std::as_const(sin).tensor()};
+  const FewPositions few;
+  const Case& c = few.c;
   const Given given(c);
   CudaRunner run(c.problem());
   expect_all_nan(run, given, train(run, given));

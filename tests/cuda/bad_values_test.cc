@@ -28,16 +28,7 @@ constexpr std::int32_t kMost = std::numeric_limits<std::int32_t>::max();
 class CudaBadValues : public CudaTest {};
 
 TEST_F(CudaBadValues, SmallTablesThatLie) {
-  struct Lie {
-    bool q;  // else k
-    std::vector<std::int32_t> entries;
-  };
-  const std::vector<Lie> lies{
-      {true, {1, 60, 99}},      {true, {-1, 60, 99}},      {true, {0, 100, 99}},          {true, {0, -1, 99}},
-      {true, {0, 60, 98}},      {true, {0, 60, 100}},      {true, {0, 61, 99}},           {true, {0, 38, 99}},
-      {true, {0, kMost, 99}},   {true, {99, 60, 0}},       {false, {1, 75, 174}},         {false, {0, 175, 174}},
-      {false, {0, 75, 173}},    {false, {0, 75, 175}},     {false, {0, 100, 174}},        {false, {0, 74, 174}},
-      {false, {0, kMost, 174}}, {false, {0, -kMost, 174}}, {false, {kMost, kMost, kMost}}};
+  const std::vector<Lie> lies = tables_that_lie();
   for (const std::int64_t d : {32, 128}) {
     Case c{
         .dtype = DType::bf16, .q_heads = 4, .kv_heads = 2, .head_dim = d, .q_lengths = {60, 39}, .k_lengths = {75, 99}};
@@ -52,8 +43,7 @@ TEST_F(CudaBadValues, SmallTablesThatLie) {
       for (std::size_t i = 0; i < lies.size(); ++i) {
         SCOPED_TRACE(::testing::Message() << c << ", " << family << ", lie " << i);
         Data bad(c);
-        Array& table = lies[i].q ? *bad.cu_seqlens_q : *bad.cu_seqlens_k;
-        for (std::int64_t j = 0; j < 3; ++j) table.as<std::int32_t>(j) = lies[i].entries[static_cast<std::size_t>(j)];
+        lies[i].tell(bad);
         EXPECT_TRUE(all_nan(run.forward(bad.inputs())));
         EXPECT_TRUE(all_nan(run.dense(bad.inputs())));
         EXPECT_TRUE(all_nan(run.attend(bad.inputs(), chosen)));
@@ -143,12 +133,8 @@ TEST_F(CudaBadValues, SmallWrongIds) {
 
 // Queries before the first key have no row in a table of the caller's: such cu_seqlens are not as they must be.
 TEST_F(CudaBadValues, SmallRopeTableWithoutNegativePositions) {
-  Array cos(DType::f32, {20, 32}, {.tight = true}), sin(DType::f32, {20, 32}, {.tight = true});
-  cos.fill(1);
-  sin.fill(2);
-  Case c{.dtype = DType::bf16, .head_dim = 64, .q_lengths = {30, 5}, .k_lengths = {10, 20}, .config = {.top_k = 1}};
-  c.config.block_size = 16;
-  c.rope = Rope{.cos = std::as_const(cos).tensor(), .sin = std::as_const(sin).tensor()};
+  const FewPositions few;
+  const Case& c = few.c;
   const Data data(c);
   CudaRunner run(c.problem());
   EXPECT_TRUE(all_nan(run.forward(data.inputs())));

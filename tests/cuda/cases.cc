@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
+#include <utility>
 
 namespace moba::test {
 
@@ -215,6 +217,30 @@ Case random_case(std::uint64_t seed) {
   c.inputs = layout();
   c.outputs = layout();
   return c;
+}
+
+void Lie::tell(Data& data) const {
+  Array& table = q ? *data.cu_seqlens_q : *data.cu_seqlens_k;
+  for (std::size_t i = 0; i < entries.size(); ++i) table.as<std::int32_t>(static_cast<std::int64_t>(i)) = entries[i];
+}
+
+std::vector<Lie> tables_that_lie() {
+  constexpr std::int32_t kMost = std::numeric_limits<std::int32_t>::max();
+  return {{true, {1, 60, 99}},      {true, {-1, 60, 99}},      {true, {0, 100, 99}},          {true, {0, -1, 99}},
+          {true, {0, 60, 98}},      {true, {0, 60, 100}},      {true, {0, 61, 99}},           {true, {0, 38, 99}},
+          {true, {0, kMost, 99}},   {true, {99, 60, 0}},       {false, {1, 75, 174}},         {false, {0, 175, 174}},
+          {false, {0, 75, 173}},    {false, {0, 75, 175}},     {false, {0, 100, 174}},        {false, {0, 74, 174}},
+          {false, {0, kMost, 174}}, {false, {0, -kMost, 174}}, {false, {kMost, kMost, kMost}}};
+}
+
+FewPositions::FewPositions()
+    : cos(DType::f32, {20, 32}, {.tight = true}),
+      sin(DType::f32, {20, 32}, {.tight = true}),
+      c{.dtype = DType::bf16, .head_dim = 64, .q_lengths = {30, 5}, .k_lengths = {10, 20}, .config = {.top_k = 1}} {
+  cos.fill(1);
+  sin.fill(2);
+  c.config.block_size = 16;
+  c.rope = Rope{.cos = std::as_const(cos).tensor(), .sin = std::as_const(sin).tensor()};
 }
 
 }  // namespace moba::test

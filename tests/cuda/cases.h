@@ -20,4 +20,22 @@ Case many_sequences();
 // Anything of the above, at random.
 Case random_case(std::uint64_t seed);
 
+// cu_seqlens that are not as they must be.
+struct Lie {
+  bool q;  // else k
+  std::vector<std::int32_t> entries;
+
+  void tell(Data& data) const;
+};
+// For q_lengths {60, 39} and k_lengths {75, 99}.
+std::vector<Lie> tables_that_lie();
+
+// Queries at positions before the first of a rope table of the caller's.
+struct FewPositions {
+  Array cos, sin;
+  Case c;
+
+  FewPositions();
+};
+
 }  // namespace moba::test
