@@ -41,14 +41,32 @@ void list_units(const Job& job, Slab slab, const Pass& pass) {
   list_backward_units(c.shape, slab, c.batch, m.index, pass, m.units, m.share_list, c.stream);
 }
 
-// One pass over a slab whose lists and values are there.
-void run_pass(const Job& job, Slab slab, int part_begin) {
+// What the products of a pass need. The kernels of it run beside one another: none reads what another writes.
+void prepare_pass(const Job& job, Slab slab, const Pass& pass) {
   const DeviceCall& c = job.call;
   const BackwardMemory& m = job.memory;
-  const Pass pass = job.pass(part_begin);
-  const View<void> dk = view(job.gradients.dk), dv = view(job.gradients.dv);
+  const bool is_first = pass.part_begin == 0;
+  MOBA_CUDA(cudaMemsetAsync(m.share_list.counters, 0, 2 * sizeof(std::int32_t), c.stream));
+  if (is_first && !job.sums_keys()) {
+    fill_keys(c.shape, slab, c.batch, job.dense() ? nullptr : &m.index, view(job.gradients.dk), view(job.gradients.dv),
+              c.stream);
+    job.done("keys");
+  }
   list_units(job, slab, pass);
   job.done("units");
+  if (!is_first) return;
+  const ConstTensor& lse = job.given.lse;
+  row_values(c.shape, slab, view(job.given.out), view(job.given.dout), {lse.data, lse.stride[1], lse.stride[0]},
+             m.values, c.stream);
+  job.done("rows");
+}
+
+// One pass over a slab whose lists are there.
+void run_pass(const Job& job, Slab slab, const Pass& pass) {
+  const DeviceCall& c = job.call;
+  const BackwardMemory& m = job.memory;
+  const View<void> dk = view(job.gradients.dk), dv = view(job.gradients.dv);
+  prepare_pass(job, slab, pass);
   const BackwardInput input{
       view(c.call.q), view(c.call.k), view(c.call.v), view(job.given.dout), job.dense() ? nullptr : m.index.rows,
       m.values};
@@ -61,8 +79,8 @@ void run_pass(const Job& job, Slab slab, int part_begin) {
 
   IdsView<const std::int32_t> ids{};
   if (!job.dense()) ids = read_only(slab_view(c.shape, job.selection->ids, slab));
-  const bool last = part_begin + pass.parts == job.setup.all_parts;
-  sum_queries(c.shape, slab, c.batch, pass, {ids, m.index, m.dq, m.part_stride, m.query_totals, part_begin == 0, last},
+  const bool is_first = pass.part_begin == 0, is_last = pass.part_begin + pass.parts == job.setup.all_parts;
+  sum_queries(c.shape, slab, c.batch, pass, {ids, m.index, m.dq, m.part_stride, m.query_totals, is_first, is_last},
               view(job.gradients.dq), c.stream);
   job.done("queries");
 }
@@ -75,16 +93,7 @@ void run_slab(const Job& job, Slab slab) {
     index(c.shape, slab, c.batch, ids, {}, m.index, nullptr, m.index_scratch, c.stream);
     job.done("index");
   }
-  const ConstTensor& lse = job.given.lse;
-  row_values(c.shape, slab, view(job.given.out), view(job.given.dout), {lse.data, lse.stride[1], lse.stride[0]},
-             m.values, c.stream);
-  job.done("rows");
-  if (!job.sums_keys()) {
-    fill_keys(c.shape, slab, c.batch, job.dense() ? nullptr : &m.index, view(job.gradients.dk), view(job.gradients.dv),
-              c.stream);
-    job.done("keys");
-  }
-  for (int part = 0; part < job.setup.all_parts; part += job.setup.parts) run_pass(job, slab, part);
+  for (int part = 0; part < job.setup.all_parts; part += job.setup.parts) run_pass(job, slab, job.pass(part));
 }
 
 void run(const Job& job) {

@@ -6,6 +6,7 @@
 #include "cuda/divide.cuh"
 #include "cuda/lanes.cuh"
 #include "cuda/launch.h"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/math.cuh"
 
 namespace moba::cuda {
@@ -35,6 +36,7 @@ __device__ __forceinline__ uint2* place(const View<void>& view, std::int64_t tok
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_splits(ShareList list, const float* shares, int part_keys, int head_dim,
                                                        View<void> dk, View<void> dv, KeyTotals totals) {
+  ptx::let_next_start();
   const int sum_quads = part_keys * head_dim / 4, pieces = (2 * sum_quads + kThreads - 1) / kThreads;
   const std::int64_t items = static_cast<std::int64_t>(list.counters[1]) * pieces;
   for (std::int64_t item = blockIdx.x; item < items; item += gridDim.x) {
@@ -103,6 +105,7 @@ __device__ __forceinline__ Rest rest_of(const Keys& keys, const Batch& batch, co
 // Each lane looks at a token; the warp then writes the keys of those that need it. Grid: (tokens, heads of the slab).
 __global__ void __launch_bounds__(kThreads)
     fill_rest(Keys keys, Batch batch, const std::int64_t* offsets, View<void> dk, View<void> dv) {
+  ptx::let_next_start();
   const int lane = static_cast<int>(threadIdx.x) % 32, head_in_slab = static_cast<int>(blockIdx.y);
   const int mine = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   const Rest rest = mine < keys.tokens ? rest_of(keys, batch, offsets, mine, head_in_slab) : Rest::none;

@@ -265,13 +265,14 @@ void merge_partials(const Shape&, const CallerPartials&, View<void> out, LseView
 // choose_all.cu: the ids, and counts if wanted, of a plan whose slots hold every block: all that a row sees.
 void choose_all(const Shape&, Batch, IdsView<std::int32_t> ids, CountsView counts, cudaStream_t);
 
-// backward_rows.cu: the values of the slab's rows. lse f32 [Hq, Tq].
+// backward_rows.cu: the values of the slab's rows. lse f32 [Hq, Tq]. Starts beside the kernel before it.
 std::int64_t row_value_count(const Shape&, Slab);
 void row_values(const Shape&, Slab, View<const void> out, View<const void> dout, View<const void> lse, const RowValues&,
                 cudaStream_t);
 
 // units.cu, dense_units.cu, as the functions above. Dense: lists of all the rows of the slab that see a part of their
-// sequence, which then stands for a block.
+// sequence, which then stands for a block. They expect counters of 0 in the ShareList, and start beside the kernel
+// before them, which must not be one that makes what they read.
 std::int64_t backward_unit_capacity(const Shape&, Slab, const Pass&);
 std::int64_t dense_backward_unit_capacity(const Shape&, Slab, const Pass&);
 struct ShareCapacity {
@@ -297,8 +298,9 @@ void write_totals(const Shape&, Batch, int head, const KeyTotals&, View<void> dk
 // dk and dv of keys of no unit: 0, or NaN for tokens that lie in no sequence. index null: dense.
 void fill_keys(const Shape&, Slab, Batch, const Index* index, View<void> dk, View<void> dv, cudaStream_t);
 
-// backward_rows.cu: dq of the slab's rows from the partials of a pass, added up in the order of parts, then ids. A row
-// without any: 0. A row of kInvalidRow, or of a token that lies in no sequence: NaN.
+// backward_queries.cu: dq of the slab's rows from the partials of a pass, added up in the order of parts, then ids. A
+// row without any: 0. A row of kInvalidRow, or of a token that lies in no sequence: NaN. Starts beside the kernel
+// before it, which must not be the products.
 struct QuerySums {
   IdsView<const std::int32_t> ids;  // data null: dense
   Index index;                      // unused for dense

@@ -183,9 +183,10 @@ void list_dense_backward_units(const Shape& shape, Slab slab, Batch batch, const
                                const ShareList& shares, cudaStream_t stream) {
   const ListsOfHeads heads =
       backward_heads(shape, slab, pass, shape.batch, dense_backward_unit_capacity(shape, slab, pass));
-  launch_backward_cut(DensePartLists{heads, batch.sequences, slab.token_begin, slab.tokens, pass.part_keys,
-                                     pass.part_begin, pass.parts},
-                      shape.sm_count, nullptr, list, shares, stream);
+  launch_cut(Start::beside,
+             DensePartLists{heads, batch.sequences, slab.token_begin, slab.tokens, pass.part_keys, pass.part_begin,
+                            pass.parts},
+             shape.sm_count, nullptr, list, shares, stream);
 }
 
 }  // namespace moba::cuda

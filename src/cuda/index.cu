@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kCountThreads, 2)
     valid[r] = found >= 0;
     row_ids[r].to_blocks(valid[r], loaded[r]);
     if (row_ids[r].exists() && counts.data != nullptr) {
-      const int row = tile * kTile + r * kCountThreads + thread, token = row / sizes.group;
+      const int row = tile * kTile + r * kCountThreads + thread, token = sizes.by_group(row);
       counts.data[head * counts.head_stride + token * counts.token_stride +
                   (row - token * sizes.group) * counts.group_stride] = max(found, 0);
     }
@@ -193,9 +193,15 @@ __global__ void __launch_bounds__(1024)
 
 Sizes sizes_of(const Shape& shape, const Slab& slab) {
   const int rows = slab.tokens * shape.group, tiles = std::max(1, divide_up(rows, kTile));
-  return {
-      slab.token_begin, shape.group, shape.slots, rows, tiles, shape.max_blocks, divide_up(shape.max_blocks, kSegment),
-      shape.batch};
+  return {Divide(shape.group),
+          slab.token_begin,
+          shape.group,
+          shape.slots,
+          rows,
+          tiles,
+          shape.max_blocks,
+          divide_up(shape.max_blocks, kSegment),
+          shape.batch};
 }
 
 // Where the parts of the scratch memory stand.
@@ -253,9 +259,10 @@ void index(const Shape& shape, Slab slab, Batch batch, IdsView<const std::int32_
   launch(scan_tiles, dim3(std::max(1, divide_up(sizes.max_blocks, 32)), slab.heads), 1024, 0, stream, sizes, parts,
          offsets_begin, index.offsets);
   // Each window costs barriers and a look at every id: many blocks want wide ones, at one CTA an SM.
-  const auto place = sizes.slots > 16                             ? launch_place_rows<8, 1024, false>
-                     : sizes.slots > 8 || sizes.max_blocks > 1024 ? launch_place_rows<16, 1024, true>
-                                                                  : launch_place_rows<8, 512, true>;
+  const auto place = sizes.slots > 16          ? launch_place_rows<8, 1024, false>
+                     : sizes.slots > 8         ? launch_place_rows<16, 1024, true>
+                     : sizes.max_blocks > 1024 ? launch_place_rows<8, 1024, true>
+                                               : launch_place_rows<8, 512, true>;
   place(sizes, slab.heads, batch, ids, index, parts, stream);
 }
 

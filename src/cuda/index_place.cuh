@@ -93,6 +93,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     row_ids[r] = RowIds(sizes, ids, head, tile * kTile + r * kThreads + thread);
     row_ids[r].load(0, loaded[r]);
   }
+#pragma unroll 1  // mostly one
   for (int s = thread; s < sizes.segments; s += kThreads) {
     shared.marked[s] = scratch.marks[(static_cast<std::int64_t>(head) * sizes.segments + s) * sizes.tiles + tile];
   }
@@ -186,8 +187,8 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
       __syncthreads();
 #pragma unroll 4
       for (int i = thread; i < all; i += kThreads) {
-        const int entry = static_cast<int>(shared.bits[i]);
-        rows[shared.shift[entry / kTile] + i] = first_row_id + entry % kTile;
+        const std::uint32_t entry = shared.bits[i];
+        rows[shared.shift[entry / kTile] + i] = first_row_id + static_cast<int>(entry % kTile);
       }
     } else {
 #pragma unroll

@@ -50,11 +50,24 @@ void allow_shared_memory(Kernel kernel) {
                                  most_shared_memory() - static_cast<int>(attributes.sharedSizeBytes)));
 }
 
+// Whether the kernel's code is of a kind that has ptx::wait_for_previous().
+template <class Kernel>
+bool can_run_beside(Kernel kernel) {
+  cudaFuncAttributes attributes;
+  MOBA_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion >= 90;
+}
+
+// When a kernel starts: behind all that is in the stream, or, where the device can, beside the kernel before it, from
+// its ptx::let_next_start() on. Of two such kernels neither touches what the other writes, and the later ends with
+// ptx::wait_for_previous(), so that who waits for it has waited for both.
+enum class Start { behind, beside };
+
 // Launches kernel<<<grid, threads, shared_bytes, stream>>>(arguments...). What fails is told by what the launch itself
 // returns: cudaGetLastError() would also give errors that the caller left behind.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, std::size_t shared_bytes, cudaStream_t stream,
-            const Arguments&... arguments) {
+void launch(Start start, void (*kernel)(Parameters...), const Grid& grid, int threads, std::size_t shared_bytes,
+            cudaStream_t stream, const Arguments&... arguments) {
   if (grid.size.x == 0 || grid.size.y == 0 || grid.size.z == 0) return;
   if (shared_bytes > 48 * 1024) allow_shared_memory(kernel);
   cudaLaunchConfig_t config{};
@@ -62,10 +75,20 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, std::s
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute beside;
+  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  beside.val.programmaticStreamSerializationAllowed = 1;
+  if (start == Start::beside && can_run_beside(kernel)) config.attrs = &beside, config.numAttrs = 1;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) {
     fail(error, "the launch of a kernel", grid.at.file_name(), static_cast<int>(grid.at.line()));
   }
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, std::size_t shared_bytes, cudaStream_t stream,
+            const Arguments&... arguments) {
+  launch(Start::behind, kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 #endif
 

@@ -215,7 +215,7 @@ void merge(const Shape& shape, Slab slab, const Index& index, const Partials& pa
            cudaStream_t stream) {
   const Rows rows{slab.head_begin, slab.token_begin, slab.tokens * shape.group, shape.group, shape.max_blocks,
                   shape.slots,     shape.head_dim};
-  const int rows_per_cta = kThreads / (shape.head_dim <= 64 ? 8 : shape.head_dim <= 128 ? 16 : 32);
+  const int rows_per_cta = kThreads / lanes_of(shape.head_dim);
   launch(shape.dtype == DType::bf16 ? merge_kernel<__nv_bfloat16>(shape) : merge_kernel<__half>(shape),
          dim3(divide_up(rows.rows, rows_per_cta), slab.heads), kThreads, 0, stream, rows, index, partials, out, lse);
 }

@@ -5,11 +5,13 @@
 
 #include "cuda/batch.cuh"
 #include "cuda/contract.h"
+#include "cuda/divide.cuh"
 
 namespace moba::cuda {
 
 // What index works on.
 struct Sizes {
+  Divide by_group;
   int token_begin, group, slots;
   int rows, tiles;  // of a key head
   int max_blocks, segments;
@@ -24,7 +26,7 @@ class RowIds {
   __device__ RowIds(const Sizes& sizes, const IdsView<const std::int32_t>& ids, int head, int row)
       : slots_(sizes.slots), exists_(row < sizes.rows) {
     if (!exists_) return;
-    token_ = row / sizes.group;
+    token_ = sizes.by_group(row);
     ids_ =
         ids.data + head * ids.head_stride + token_ * ids.token_stride + (row - token_ * sizes.group) * ids.group_stride;
     vectors_ = reinterpret_cast<std::uintptr_t>(ids_) % sizeof(int4) == 0;
@@ -57,23 +59,23 @@ class RowIds {
   }
 
   // Number of ids; -1 if the row breaks the rules: strictly ascending, in range, then -1. `loaded` holds the first n.
+  // Without a sign -1 is above all ids: then none that follows it may be an id, as none may that is not above its own.
   template <int n>
   __device__ int check(const int (&loaded)[n]) const {
-    int count = 0, previous = -1;
-    bool valid = in_sequence_, ended = false;
-    const auto look = [&](int id) {
-      const bool is_id = id >= 0;
-      valid = valid && (is_id ? !ended && id > previous && id < blocks_ : id == -1);
-      ended = ended || !is_id;
-      previous = id;
-      count += is_id ? 1 : 0;
+    bool breaks = !in_sequence_ || out_of_range(loaded[0]);
+    int count = loaded[0] != -1 ? 1 : 0;
+    const auto look = [&](int before, int id) {
+      breaks |= (id != -1 && static_cast<unsigned>(id) <= static_cast<unsigned>(before)) || out_of_range(id);
+      count += id != -1 ? 1 : 0;
     };
 #pragma unroll
-    for (int j = 0; j < n; ++j) {
-      if (j < slots_) look(loaded[j]);
+    for (int j = 1; j < n; ++j) look(loaded[j - 1], loaded[j]);
+    for (int j = n, before = loaded[n - 1]; j < slots_; ++j) {
+      const int id = __ldg(ids_ + j);
+      look(before, id);
+      before = id;
     }
-    for (int j = n; j < slots_; ++j) look(__ldg(ids_ + j));
-    return valid ? count : -1;
+    return breaks ? -1 : count;
   }
 
   // The ids of a valid row as blocks of the batch; -1 for none.
@@ -84,6 +86,9 @@ class RowIds {
   }
 
  private:
+  // Neither -1 nor the number of a block.
+  __device__ bool out_of_range(int id) const { return static_cast<unsigned>(id) + 1 > static_cast<unsigned>(blocks_); }
+
   const std::int32_t* ids_ = nullptr;
   int slots_ = 0, token_ = 0, block_begin_ = 0, blocks_ = 0;
   bool exists_ = false, in_sequence_ = false, vectors_ = false;

@@ -11,6 +11,7 @@
 #include "cuda/divide.cuh"
 #include "cuda/lanes.cuh"
 #include "cuda/launch.h"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/scan.cuh"
 
 namespace moba::cuda::cutting {
@@ -89,6 +90,7 @@ __device__ __forceinline__ int first_share(const ShareList& list, const Unit& wh
 template <class Lists>
 __global__ void __launch_bounds__(kThreads, 1)
     cut_lists(Lists lists, const std::int32_t* row_ids, UnitList list, ShareList share_list) {
+  ptx::let_next_start();
   __shared__ int counts[kClasses], mine[kClasses], next[kClasses], units_before, units_behind;
   const int head = static_cast<int>(blockIdx.y), thread = static_cast<int>(threadIdx.x);
   const int n = lists.count, per_part = (n + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
@@ -163,6 +165,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (place < lists.capacity) list.units[place] = unit;
     }
   }
+  ptx::wait_for_previous();
 }
 
 // ---- Host ----
@@ -198,19 +201,12 @@ inline ShareCapacity shares_of(const Total& total, const Pass& pass) {
 }
 
 template <class Lists>
-void launch_cut(const Lists& lists, int sm_count, const std::int32_t* row_ids, const UnitList& list,
+void launch_cut(Start start, const Lists& lists, int sm_count, const std::int32_t* row_ids, const UnitList& list,
                 const ShareList& shares, cudaStream_t stream) {
   const int wanted = divide_up(lists.count, kListsPerCta);
   const int parts = std::clamp(wanted, 1, std::max(1, 2 * sm_count / std::max(1, lists.heads)));
-  launch(cut_lists<Lists>, dim3(parts, std::max(1, lists.heads)), kThreads, 0, stream, lists, row_ids, list, shares);
-}
-
-// The same where lists of several units put dk and dv into shares.
-template <class Lists>
-void launch_backward_cut(const Lists& lists, int sm_count, const std::int32_t* row_ids, const UnitList& list,
-                         const ShareList& shares, cudaStream_t stream) {
-  MOBA_CUDA(cudaMemsetAsync(shares.counters, 0, 2 * sizeof(std::int32_t), stream));
-  launch_cut(lists, sm_count, row_ids, list, shares, stream);
+  launch(start, cut_lists<Lists>, dim3(parts, std::max(1, lists.heads)), kThreads, 0, stream, lists, row_ids, list,
+         shares);
 }
 
 }  // namespace moba::cuda::cutting

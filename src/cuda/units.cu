@@ -116,7 +116,8 @@ void list_units(const Shape& shape, Slab slab, Batch batch, const Index& index, 
                            shape.causal,
                            unit_capacity(shape, slab, rows_per_unit),
                            1};
-  launch_cut(ChosenLists{heads, batch.blocks, index.offsets, index.rows}, shape.sm_count, index.rows, list, {}, stream);
+  launch_cut(Start::behind, ChosenLists{heads, batch.blocks, index.offsets, index.rows}, shape.sm_count, index.rows,
+             list, {}, stream);
 }
 
 void list_backward_units(const Shape& shape, Slab slab, Batch batch, const Index& index, const Pass& pass,
@@ -124,8 +125,8 @@ void list_backward_units(const Shape& shape, Slab slab, Batch batch, const Index
   const ListsOfHeads heads =
       backward_heads(shape, slab, pass, shape.max_blocks, backward_unit_capacity(shape, slab, pass));
   const ChosenLists chosen{heads, batch.blocks, index.offsets, index.rows};
-  launch_backward_cut(PartLists{chosen, shape.max_blocks, pass.part_keys, pass.part_begin, pass.parts}, shape.sm_count,
-                      index.rows, list, shares, stream);
+  launch_cut(Start::beside, PartLists{chosen, shape.max_blocks, pass.part_keys, pass.part_begin, pass.parts},
+             shape.sm_count, index.rows, list, shares, stream);
 }
 
 }  // namespace moba::cuda

@@ -1,0 +1,21 @@
+// What two kernels of a stream owe each other where the later one is launched beside the earlier (launch.h). Nothing
+// before sm_90, where kernels run one after the other.
+#pragma once
+
+namespace moba::cuda::ptx {
+
+// The kernel behind may start once every CTA has come here, or has ended.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Until the kernel before has ended and what it wrote can be seen.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+}  // namespace moba::cuda::ptx
