@@ -35,9 +35,10 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
     return __ldg(arguments.rows + unit.first + min(row + held, unit.rows - 1));
   };
 
+  const int count = arguments.keys.counters[1];
   int ticket = 0, word = 0;  // of the unit behind the next; of the next
   if (t == 0) ticket = atomicAdd(arguments.keys.counters, 1);
-  if (warp == 0) word = unit_word<L>(arguments.keys, ticket);
+  if (warp == 0) word = unit_word<L>(arguments.keys, count, ticket);
   if (t == 0) ticket = atomicAdd(arguments.keys.counters, 1);
   take_unit<L>(k_map, v_map, arguments.keys, base, ring, 0, word);
   if (ring[0].rows == 0) return;
@@ -50,7 +51,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
     // The next unit is asked for when its stage is, as a rule, free; never before the first tile of each consumer is
     // here, or it would wait for consumers that wait for their tile.
     const int ask = min(tiles, L::kQStages + 2);
-    if (warp == 0) word = unit_word<L>(arguments.keys, ticket);
+    if (warp == 0) word = unit_word<L>(arguments.keys, count, ticket);
     if (t == 0) ticket = atomicAdd(arguments.keys.counters, 1);
     const char* from = arguments.q.data + unit.head * arguments.q.key_head_bytes + t % kLanes * 16;
     for (int tile = 0; tile < tiles; tile += kTilesAhead) {

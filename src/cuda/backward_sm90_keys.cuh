@@ -59,29 +59,27 @@ __device__ __forceinline__ void store_floats(const float (&sum)[n], float factor
   }
 }
 
-// The sums of a unit, of which this lane's first key is key `key`.
-template <class T, int d>
-__device__ __forceinline__ void store_sums(const Arguments& arguments, const Unit& unit, int key,
-                                           const float (&dk)[d / 2], const float (&dv)[d / 2]) {
+enum class Sum { dk, dv };
+
+// One of the two sums of a unit, of which this lane's first key is key `key`.
+template <Sum which, class T, int d>
+__device__ __forceinline__ void store_sum(const Arguments& arguments, const Unit& unit, int key,
+                                          const float (&sum)[d / 2]) {
+  constexpr bool is_dk = which == Sum::dk;
+  const float factor = is_dk ? arguments.scale : 1;
   const int keys = unit.keys - key;
   if (unit.share >= 0) {
-    constexpr std::int64_t kSums = std::int64_t{kSm90PartKeys} * d;
-    float* to = arguments.shares + unit.share * (2 * kSums) + key * d;
-    store_floats(dk, arguments.scale, to, keys, false);
-    store_floats(dv, 1, to + kSums, keys, false);
-    return;
+    constexpr std::int64_t kFloats = std::int64_t{kSm90PartKeys} * d;
+    float* to = arguments.shares + (2 * static_cast<std::int64_t>(unit.share) + (is_dk ? 0 : 1)) * kFloats;
+    return store_floats(sum, factor, to + key * d, keys, false);
   }
   const std::int64_t token = unit.key_begin + key;
-  if (arguments.totals.dk != nullptr) {
-    store_floats(dk, arguments.scale, arguments.totals.dk + token * d, keys, true);
-    store_floats(dv, 1, arguments.totals.dv + token * d, keys, true);
-    return;
-  }
-  const auto row_of = [&](const View<void>& view) {
-    return static_cast<std::uint16_t*>(view.data) + token * view.token_stride + unit.head * view.head_stride;
-  };
-  store_final<T>(dk, arguments.scale, row_of(arguments.dk), arguments.dk.token_stride, keys);
-  store_final<T>(dv, 1, row_of(arguments.dv), arguments.dv.token_stride, keys);
+  float* totals = is_dk ? arguments.totals.dk : arguments.totals.dv;
+  if (totals != nullptr) return store_floats(sum, factor, totals + token * d, keys, true);
+  const View<void>& view = is_dk ? arguments.dk : arguments.dv;
+  store_final<T>(sum, factor,
+                 static_cast<std::uint16_t*>(view.data) + token * view.token_stride + unit.head * view.head_stride,
+                 view.token_stride, keys);
 }
 
 // S^T -> P^T = exp2(factor S^T - lse), `lse` being that of row 2c of the tile in shared memory.
@@ -118,6 +116,7 @@ __device__ __forceinline__ int blind_rows(const Arguments& arguments, const Unit
 __device__ __forceinline__ void mask_weights(float (&p)[32], const Arguments& arguments, const Unit& unit, int key,
                                              int row) {
   const int blind0 = blind_rows(arguments, unit, key) - row, blind1 = blind_rows(arguments, unit, key + 8) - row;
+  if (!__any_sync(kAllLanes, blind1 > 0)) return;  // the later key is seen by no more rows than the earlier
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
 #pragma unroll
@@ -168,9 +167,10 @@ __device__ __forceinline__ void issue_sum(float (&sum)[n], const std::uint32_t (
 }
 
 // Order of a tile t: dV(t), dP(t); wait; dS(t); S(t + 1), dK(t); dS(t) to shared memory; wait for S(t + 1); P(t + 1)
-// under dK(t). The next tile may be of the next unit, whose keys are in the other stage already. No product is in
-// flight at a loop's head: ptxas serialises all of them if a loop carries one over. The first tiles of a unit whose
-// rows see none of the group's keys take no part: dS is 0.
+// under dK(t). The next tile may be of the next unit, whose keys are in the other stage already. The sums of a unit are
+// stored under products that do without them: dV under dK of its last tile, dK under the first dV of the next unit. No
+// product is in flight at a loop's head: ptxas serialises all of them if a loop carries one over. The first tiles of a
+// unit whose rows see none of the group's keys take no part: dS is 0.
 template <class T, int d>
 __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::uint32_t base, const Unit* ring,
                                               int group) {
@@ -226,11 +226,16 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
     __syncwarp();
     ptx::barrier_arrive_if(lane == 0, base + L::kDSFull);
   };
-  const auto finish_unit = [&](int number) {
-    const Unit unit = ring[number & 1];
+  // Those of unit n - 1; dK is the last that the group does with a unit.
+  const auto store_dv = [&] {
+    ptx::pin(dv);
+    store_sum<Sum::dv, T, d>(arguments, ring[(n - 1) & 1], key, dv);
+  };
+  const auto store_dk = [&] {
+    ptx::pin(dk);
+    store_sum<Sum::dk, T, d>(arguments, ring[(n - 1) & 1], key, dk);
     __syncwarp();
-    ptx::barrier_arrive_if(lane == 0, base + L::kKeyEmpty + (number & 1) * 8);
-    store_sums<T, d>(arguments, unit, key, dk, dv);
+    ptx::barrier_arrive_if(lane == 0, base + L::kKeyEmpty + ((n - 1) & 1) * 8);
   };
   const auto pass_tile = [&] {
     ptx::barrier_wait(base + L::kQFull + q.number * 8, q.parity);
@@ -245,17 +250,8 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
     store_slopes();
   };
 
-  wait_unit();
-  while (tiles > 0) {
-    for (; tile < blind_tiles; ++tile) pass_tile();
-    if (tile == tiles) {
-#pragma unroll
-      for (int i = 0; i < d / 2; ++i) dk[i] = dv[i] = 0;
-      finish_unit(n);
-      tile = 0, ++n;
-      wait_unit();
-      continue;
-    }
+  // Works from tile `tile` of unit n to the end of the unit, and on through units that begin with tiles to work on.
+  const auto work = [&] {
     ptx::barrier_wait(base + L::kQFull + q.number * 8, q.parity);
     ptx::fence_async_proxy();
     issue_scores();
@@ -263,21 +259,23 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
     ptx::pin(s);
     finish_weights();
     pack_weights();
-    bool goes_on;  // with the next tile
+    bool goes_on, owes_dk = false;  // with the next tile; that of unit n - 1
     do {
-      const int unit_number = n, q_stage = q.number, dout_stage = dout.number;
+      const int q_stage = q.number, dout_stage = dout.number;
       const bool accumulate = tile > blind_tiles;
       ptx::barrier_wait(base + L::kDOFull + dout_stage * 8, dout.parity);
       ptx::fence_async_proxy();
       issue_sum<T>(dv, p, dout_columns + dout_stage * (L::kTileBytes / 16), accumulate);
       issue_transposed<T, d>(s, group_keys + (n & 1) * (L::kKeyStage / 16) + L::kKeyBytes / 16,
                              dout_rows + dout_stage * (L::kTileBytes / 16));
+      if (owes_dk) store_dk();
       q.next();
       dout.next();
       if (++tile == tiles) {
         tile = 0, ++n;
         wait_unit();
       }
+      owes_dk = tile == 0;
       goes_on = tile > 0 || (tiles > 0 && blind_tiles == 0);
       ptx::wgmma_wait<0>();
       ptx::pin(s);
@@ -288,18 +286,33 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
       issue_scores();  // where it does not go on a product that nobody reads
       issue_sum<T>(dk, ds, q_columns + q_stage * (L::kTileBytes / 16), accumulate);
       store_slopes();
+      if (owes_dk) store_dv();
       ptx::wgmma_wait<1>();
       ptx::pin(s);
       finish_weights();
       ptx::wgmma_wait<0>();
       pack_weights();  // into the registers that dV read
       ptx::barrier_arrive_if(lane == 0, base + L::kQEmpty + q_stage * 8);
-      if (tile == 0) {
-        ptx::pin(dk);
-        ptx::pin(dv);
-        finish_unit(unit_number);
-      }
     } while (goes_on);
+  };
+  // A unit whose rows see none of the group's keys.
+  const auto leave_out = [&] {
+#pragma unroll
+    for (int i = 0; i < d / 2; ++i) dk[i] = dv[i] = 0;
+    tile = 0, ++n;
+    wait_unit();
+    store_dv();
+  };
+
+  wait_unit();
+  while (tiles > 0) {
+    for (; tile < blind_tiles; ++tile) pass_tile();
+    if (tile < tiles) {
+      work();
+    } else {
+      leave_out();
+    }
+    store_dk();
   }
 }
 

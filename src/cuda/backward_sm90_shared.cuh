@@ -30,7 +30,7 @@ template <int d>
 struct Layout {
   static constexpr int kHeadDim = d, kKeys = kSm90PartKeys;
   static constexpr int kThreads = 512;
-  static constexpr int kKeyRegisters = 208, kQueryRegisters = 72, kProducerRegisters = 24;
+  static constexpr int kKeyRegisters = 208, kQueryRegisters = 64, kProducerRegisters = 32;
   static constexpr int kQStages = d == 128 ? 3 : 6, kDOStages = d == 128 ? 2 : 5;
   static constexpr int kTileBytes = kTileRows * d * 2, kTileBand = kTileRows * kBandBytes;
   static constexpr int kKeyBand = kKeys * kBandBytes;

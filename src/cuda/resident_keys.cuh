@@ -55,14 +55,14 @@ __device__ __forceinline__ void copy_short_keys(std::uint32_t to, const char* fr
   }
 }
 
-// A unit travels from the list to the ring in a register: word i of it in lane i of the producers' first warp, read
-// while the unit before is gathered.
+// A unit travels from the list of `count` to the ring in a register: word i of it in lane i of the producers' first
+// warp, read while the unit before is gathered.
 template <class L>
-__device__ __forceinline__ int unit_word(const KeySource& source, int ticket) {
+__device__ __forceinline__ int unit_word(const KeySource& source, int count, int ticket) {
   constexpr int kWords = sizeof(Unit) / 4, kRowsWord = offsetof(Unit, rows) / 4;
   const int lane = threadIdx.x % 32;
   ticket = __shfl_sync(kAllLanes, ticket, 0);
-  if (ticket >= source.counters[1]) return lane == kRowsWord ? 0 : L::kKeys;
+  if (ticket >= count) return lane == kRowsWord ? 0 : L::kKeys;
   return reinterpret_cast<const int*>(source.units + ticket)[min(lane, kWords - 1)];
 }
 
