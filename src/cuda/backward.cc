@@ -30,7 +30,7 @@ struct Job {
   bool dense() const { return selection == nullptr; }
   bool sums_keys() const { return setup.sums_keys(call.shape); }
   Pass pass(int part_begin) const {
-    return {setup.rows_per_unit, setup.part_keys, part_begin, std::min(setup.parts, setup.all_parts - part_begin)};
+    return {setup.sections, setup.part_keys, part_begin, std::min(setup.parts, setup.all_parts - part_begin)};
   }
 };
 

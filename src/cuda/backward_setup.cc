@@ -16,17 +16,31 @@ struct Portion {
   std::int64_t heads, tokens, parts;
 };
 
-// Rows of one unit: many, since what a unit adds up has to be stored, but so few that each multiprocessor has several
-// units, and that those of one key head are worth about the same as all the others of it together.
-int rows_per_unit(const Shape& s, double rows) {
-  constexpr double kUnitsPerSm = 6;
-  return static_cast<int>(std::clamp(rows / (kUnitsPerSm * s.sm_count), 1536.0, 4096.0) / 64) * 64;
+// Heads whose rows of q and dout fit in L2 together: 16 MB each for 64K rows of d = 128, of 50 MB on an H200. Only the
+// last section has to end evenly; before it a unit may take as long as two sections, and large ones have fewer sums to
+// store and to add up.
+Sections sections_of(const Shape& s, const BackwardSetup& backward) {
+  constexpr std::int64_t kSectionBytes = std::int64_t{34} << 20;
+  const std::int64_t head_rows = std::int64_t{backward.slab_tokens} * s.group;
+  const std::int64_t heads = std::clamp<std::int64_t>(
+      kSectionBytes / std::max<std::int64_t>(1, 4 * head_rows * s.head_dim), 1, backward.slab_heads);
+  const std::int64_t lists_of_row = std::int64_t{backward.parts} * (backward.dense ? 1 : s.slots);
+  const std::int64_t rows_per_sm = heads * head_rows * lists_of_row / s.sm_count;
+  const auto unit_rows = [](std::int64_t rows) {
+    return static_cast<int>(std::clamp<std::int64_t>(rows, 1024, 8192) / 64 * 64);
+  };
+  return {static_cast<int>(heads), unit_rows(2 * rows_per_sm), unit_rows(rows_per_sm / 2)};
 }
 
-std::size_t bytes_of(const Setup& setup, BackwardSetup backward, const Portion& portion) {
+void take(BackwardSetup& backward, const Shape& shape, const Portion& portion) {
   backward.slab_heads = static_cast<int>(portion.heads);
   backward.slab_tokens = static_cast<int>(portion.tokens);
   backward.parts = static_cast<int>(portion.parts);
+  backward.sections = sections_of(shape, backward);
+}
+
+std::size_t bytes_of(const Setup& setup, BackwardSetup backward, const Portion& portion) {
+  take(backward, setup.shape, portion);
   Carver carver;
   BatchMemory(carver, setup.shape);
   RopeMemory(carver, setup);
@@ -74,9 +88,7 @@ std::size_t choose_portions(const Setup& setup, BackwardSetup& backward, std::si
     const Portion slab{1, std::min(tokens, std::max(even, least_tokens(s, backward))), 1};
     if (bytes(slab) < bytes(chosen)) chosen = slab;  // the sums over slabs may take more than slabs save
   }
-  backward.slab_heads = static_cast<int>(chosen.heads);
-  backward.slab_tokens = static_cast<int>(chosen.tokens);
-  backward.parts = static_cast<int>(chosen.parts);
+  take(backward, s, chosen);
   return bytes(chosen);
 }
 
@@ -85,7 +97,7 @@ std::size_t choose_portions(const Setup& setup, BackwardSetup& backward, std::si
 BackwardMemory::BackwardMemory(Carver& carver, const Setup& setup, const BackwardSetup& backward) {
   const Shape& s = setup.shape;
   const Slab slab{0, backward.slab_heads, 0, backward.slab_tokens};
-  const Pass pass{backward.rows_per_unit, backward.part_keys, 0, backward.parts};
+  const Pass pass{backward.sections, backward.part_keys, 0, backward.parts};
   const std::int64_t rows = std::int64_t{slab.heads} * slab.tokens * s.group;
   const std::int64_t entries = backward.dense ? rows : rows * s.slots;
   if (!backward.dense) {
@@ -124,9 +136,6 @@ std::size_t prepare_backward(Setup& setup, const Plan::Impl& plan, bool sm90, st
       static_cast<int>(ceil_div(std::min<std::int64_t>(s.block_size, longest), std::int64_t{chosen.part_keys}));
   dense.all_parts = static_cast<int>(ceil_div(longest, std::int64_t{dense.part_keys}));
   dense.dense = true;
-  const double rows = static_cast<double>(s.total_q) * s.q_heads;
-  chosen.rows_per_unit = rows_per_unit(s, rows * s.slots);
-  dense.rows_per_unit = rows_per_unit(s, rows * dense.all_parts);
   // The memory is for either; a plan that is made for the one is not to pay for the other.
   const std::size_t bytes = choose_portions(setup, chosen, limit, is_callers);
   return std::max(bytes, choose_portions(setup, dense, std::min(limit, std::max(bytes, kSmallDense)), is_callers));

@@ -134,10 +134,18 @@ struct AttendInput {
   const std::int32_t* rows;  // Index::rows; null for dense
 };
 
+// How units of lists are ordered and cut: key heads go in sections, and in each of them units with many rows come
+// first.
+struct Sections {
+  int heads = 1;                            // of a section
+  int most_rows = 64, last_most_rows = 64;  // of a unit, multiples of 64; of one of the slab's last section
+};
+
 // backward: a block's keys are cut into parts of part_keys (the last may have fewer), which the kernel holds at a time,
 // and taken in passes of some parts of every block, as memory allows.
 struct Pass {
-  int rows_per_unit, part_keys;
+  Sections sections;
+  int part_keys;
   int part_begin, parts;  // the parts of every block, those that it has
 };
 

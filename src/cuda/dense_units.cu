@@ -140,9 +140,9 @@ struct DensePartLists : ListsOfHeads {
   }
 };
 
-Total dense_total_of(const Shape& shape, Slab slab, const Pass& pass) {
-  const std::int64_t heads = std::int64_t{slab.heads} * pass.parts;
-  return {heads * shape.batch, heads * slab.tokens * shape.group};
+HeadTotal dense_total_of(const Shape& shape, Slab slab, const Pass& pass) {
+  const std::int64_t parts = pass.parts;
+  return {parts * shape.batch, parts * slab.tokens * shape.group};
 }
 
 }  // namespace
@@ -156,12 +156,11 @@ std::int64_t dense_unit_capacity(const Shape& shape, int rows_per_unit) {
 }
 
 std::int64_t dense_backward_unit_capacity(const Shape& shape, Slab slab, const Pass& pass) {
-  const Total total = dense_total_of(shape, slab, pass);
-  return most_units(total.lists, total.rows, pass.rows_per_unit);
+  return backward_units(slab, pass.sections, dense_total_of(shape, slab, pass));
 }
 
 ShareCapacity dense_share_capacity(const Shape& shape, Slab slab, const Pass& pass) {
-  return shares_of(dense_total_of(shape, slab, pass), pass);
+  return backward_shares(slab, pass.sections, dense_total_of(shape, slab, pass));
 }
 
 void list_dense_units(const Shape& shape, Batch batch, int rows_per_unit, const UnitList& list, cudaStream_t stream) {
@@ -182,7 +181,7 @@ void list_dense_units(const Shape& shape, Batch batch, int rows_per_unit, const 
 void list_dense_backward_units(const Shape& shape, Slab slab, Batch batch, const Pass& pass, const UnitList& list,
                                const ShareList& shares, cudaStream_t stream) {
   const ListsOfHeads heads =
-      backward_heads(shape, slab, pass, shape.batch, dense_backward_unit_capacity(shape, slab, pass));
+      backward_heads(shape, slab, pass, dense_total_of(shape, slab, pass), shape.batch * pass.parts);
   launch_cut(Start::beside,
              DensePartLists{heads, batch.sequences, slab.token_begin, slab.tokens, pass.part_keys, pass.part_begin,
                             pass.parts},

@@ -26,9 +26,10 @@ enum class BackwardKernel : std::uint8_t { sm90, portable };
 // How backward, or dense_backward, cuts its work: a slab of rows against some parts of every block at a time.
 struct BackwardSetup {
   bool dense = false;
-  int rows_per_unit = 64, part_keys = 64;
+  int part_keys = 64;
   int all_parts = 1, parts = 1;         // of the longest block (dense: sequence); at a time
   int slab_heads = 1, slab_tokens = 1;  // largest slab
+  Sections sections;
 
   // Whether dk and dv are summed up over several slabs.
   bool sums_keys(const Shape& shape) const { return slab_tokens < shape.total_q; }

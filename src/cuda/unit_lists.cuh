@@ -1,5 +1,5 @@
-// How lists of rows are cut into units of nearly equal size, those of a key head written long ones first, so that the
-// SMs run out of work together.
+// How lists of rows are cut into units of nearly equal size. Key heads go in sections, in which long units come first,
+// and those of the last section may be cut smaller, so that the SMs run out of work together.
 //
 // There is no scratch memory: every CTA counts all lists anew (64 KB of offsets at 16 heads x 512 blocks, from L2) to
 // know where its own units go. Within a class of size the order is that of atomic counters; no result depends on it.
@@ -26,17 +26,17 @@ struct Cut {
   int units, step, last;
 };
 
-__device__ __forceinline__ Cut cut(int rows, int rows_per_unit) {
-  if (rows <= rows_per_unit) return {rows > 0 ? 1 : 0, rows, rows};
-  const unsigned n = static_cast<unsigned>(rows), most = static_cast<unsigned>(rows_per_unit);
+__device__ __forceinline__ Cut cut(int rows, int most_rows) {
+  if (rows <= most_rows) return {rows > 0 ? 1 : 0, rows, rows};
+  const unsigned n = static_cast<unsigned>(rows), most = static_cast<unsigned>(most_rows);
   const unsigned pieces = (n + most - 1) / most;
   const unsigned step = ((n + pieces - 1) / pieces + kTile - 1) / kTile * kTile, units = (n + step - 1) / step;
   return {static_cast<int>(units), static_cast<int>(step), static_cast<int>(n - (units - 1) * step)};
 }
 
-__device__ __forceinline__ int class_of(int rows, int rows_per_unit) {
-  const int width = max(kTile, (rows_per_unit + kClasses - 1) / kClasses);
-  return (rows_per_unit - rows) / width;
+__device__ __forceinline__ int class_of(int rows, int most_rows) {
+  const int width = max(kTile, (most_rows + kClasses - 1) / kClasses);
+  return (most_rows - rows) / width;
 }
 
 // Turns counts of classes into the place of the first unit of each: classes in order, `base` before all.
@@ -54,10 +54,16 @@ __device__ __forceinline__ void scan_classes(const int* counts, int base, int* f
 // one unit, rows(head, i) how many rows it has, which may be 0.
 struct ListsOfHeads {
   int head_begin, heads, count;
-  int group, rows_per_unit;
+  int group;
   bool causal;
   std::int64_t capacity;  // units
-  int section_heads;      // key heads whose units are ordered together
+  Sections sections;
+  int last_section;  // its first head
+
+  // Rows that a unit of a head of the slab has at most.
+  __device__ int most_rows(int head) const {
+    return head < last_section ? sections.most_rows : sections.last_most_rows;
+  }
 };
 
 // Unit u of a list that is cut, from the whole. `row_ids` null: all rows are consecutive.
@@ -99,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (thread == 0) units_before = units_behind = 0;
   __syncthreads();
 
-  const auto cut_of = [&](int h, int i) { return cut(lists.rows(h, i), lists.rows_per_unit); };
+  const auto cut_of = [&](int h, int i) { return cut(lists.rows(h, i), lists.most_rows(h)); };
   // Calls f(head, list) for all lists of the heads [first, last), spread over the threads.
   const auto for_each_list = [&](int first, int last, auto f) {
     if (n == 0) return;
@@ -119,8 +125,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (sum != 0 && thread % 32 == 0) atomicAdd(total, sum);
   };
   // Sections before this one; behind it only the first CTA counts, to know the sum of all.
-  const int section = head / lists.section_heads * lists.section_heads;
-  const int section_end = min(lists.heads, section + lists.section_heads);
+  const int section = head / lists.sections.heads * lists.sections.heads;
+  const int section_end = min(lists.heads, section + lists.sections.heads), most_rows = lists.most_rows(head);
   count_units(0, section, &units_before);
   const bool counts_all = blockIdx.x == 0 && head == 0;
   if (counts_all) count_units(section_end, lists.heads, &units_behind);
@@ -130,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (c.units == 0) return;
     const bool before = h < head || (h == head && i < begin);
     const auto add = [&](int rows, int units) {
-      const int class_number = class_of(rows, lists.rows_per_unit);
+      const int class_number = class_of(rows, most_rows);
       atomicAdd(&counts[class_number], units);
       if (before) atomicAdd(&mine[class_number], units);
     };
@@ -157,9 +163,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (c.units == 0) continue;
     const Unit all = lists.whole(head, i);
     const int share = first_share(share_list, all, c.units);
-    int place = c.units > 1 ? atomicAdd(&next[class_of(c.step, lists.rows_per_unit)], c.units - 1) : 0;
+    int place = c.units > 1 ? atomicAdd(&next[class_of(c.step, most_rows)], c.units - 1) : 0;
     for (int u = 0; u < c.units; ++u, ++place) {
-      if (u == c.units - 1) place = atomicAdd(&next[class_of(c.last, lists.rows_per_unit)], 1);
+      if (u == c.units - 1) place = atomicAdd(&next[class_of(c.last, most_rows)], 1);
       Unit unit = piece_of(all, c, u, row_ids);
       unit.share = share < 0 ? -1 : share + u;
       if (place < lists.capacity) list.units[place] = unit;
@@ -170,34 +176,47 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- Host ----
 
-// `rows` rows in at most `lists` lists: a list of c > 0 rows has at most (c - 1) / rows_per_unit + 1 units.
-inline std::int64_t most_units(std::int64_t lists, std::int64_t rows, int rows_per_unit) {
+// `rows` rows in at most `lists` lists: a list of c > 0 rows has at most (c - 1) / most_rows + 1 units.
+inline std::int64_t most_units(std::int64_t lists, std::int64_t rows, int most_rows) {
   const std::int64_t filled = std::min(lists, rows);
-  return filled + (rows - filled) / rows_per_unit;
+  return filled + (rows - filled) / most_rows;
 }
 
-// Key heads whose rows of q and dout fit in L2 together: 16 MB each for 64K rows of d = 128, of 50 MB on an H200.
-inline int backward_section(const Shape& shape, Slab slab) {
-  constexpr std::int64_t kSectionBytes = std::int64_t{34} << 20;
-  const std::int64_t head_bytes = std::int64_t{4} * slab.tokens * shape.group * shape.head_dim;
-  return static_cast<int>(
-      std::clamp<std::int64_t>(kSectionBytes / std::max<std::int64_t>(1, head_bytes), 1, std::max(1, slab.heads)));
-}
-
-// What backward cuts in a pass: `lists` (blocks or sequences) of each head, into their parts.
-inline ListsOfHeads backward_heads(const Shape& shape, Slab slab, const Pass& pass, int lists, std::int64_t capacity) {
-  return {slab.head_begin,    slab.heads,   lists * pass.parts, shape.group,
-          pass.rows_per_unit, shape.causal, capacity,           backward_section(shape, slab)};
-}
-
-// What a pass of backward has to cut: lists, and rows in all of them.
-struct Total {
+// What a pass of backward has to cut: lists of each key head, and the rows in them.
+struct HeadTotal {
   std::int64_t lists, rows;
 };
-// Lists of more than rows_per_unit rows are cut, into at most rows / rows_per_unit + 1 units each.
-inline ShareCapacity shares_of(const Total& total, const Pass& pass) {
-  const std::int64_t cut = std::min(total.lists, total.rows / (pass.rows_per_unit + 1));
-  return {total.rows / pass.rows_per_unit + cut, cut};
+
+// f(lists, rows, most rows of a unit) of all sections but the last and of the last, added up. The last is counted as if
+// it were whole: so a part of the slab, of which more may be last, has no more units than the slab.
+template <class F>
+std::int64_t over_sections(Slab slab, const Sections& sections, const HeadTotal& head, const F& f) {
+  const std::int64_t last = std::min(slab.heads, sections.heads), before = slab.heads - last;
+  return f(before * head.lists, before * head.rows, sections.most_rows) +
+         f(last * head.lists, last * head.rows, sections.last_most_rows);
+}
+
+inline std::int64_t backward_units(Slab slab, const Sections& sections, const HeadTotal& head) {
+  return over_sections(slab, sections, head, most_units);
+}
+
+// Lists of more than most_rows rows are cut, into at most rows / most_rows + 1 units each.
+inline ShareCapacity backward_shares(Slab slab, const Sections& sections, const HeadTotal& head) {
+  const auto splits = [](std::int64_t lists, std::int64_t rows, int most_rows) {
+    return std::min(lists, rows / (most_rows + 1));
+  };
+  const auto shares = [&](std::int64_t lists, std::int64_t rows, int most_rows) {
+    return rows / most_rows + splits(lists, rows, most_rows);
+  };
+  return {over_sections(slab, sections, head, shares), over_sections(slab, sections, head, splits)};
+}
+
+inline ListsOfHeads backward_heads(const Shape& shape, Slab slab, const Pass& pass, const HeadTotal& head, int lists) {
+  const int section = pass.sections.heads;
+  return {slab.head_begin, slab.heads,
+          lists,           shape.group,
+          shape.causal,    backward_units(slab, pass.sections, head),
+          pass.sections,   std::max(0, slab.heads - 1) / section * section};
 }
 
 template <class Lists>

@@ -83,9 +83,9 @@ struct PartLists : ChosenLists {
   }
 };
 
-Total total_of(const Shape& shape, Slab slab, const Pass& pass) {
-  const std::int64_t heads = std::int64_t{slab.heads} * pass.parts;
-  return {heads * shape.max_blocks, heads * slab.tokens * shape.group * shape.slots};
+HeadTotal total_of(const Shape& shape, Slab slab, const Pass& pass) {
+  const std::int64_t parts = pass.parts;
+  return {parts * shape.max_blocks, parts * slab.tokens * shape.group * shape.slots};
 }
 }  // namespace
 }  // namespace cutting
@@ -98,12 +98,11 @@ std::int64_t unit_capacity(const Shape& shape, Slab slab, int rows_per_unit) {
 }
 
 std::int64_t backward_unit_capacity(const Shape& shape, Slab slab, const Pass& pass) {
-  const Total total = total_of(shape, slab, pass);
-  return most_units(total.lists, total.rows, pass.rows_per_unit);
+  return backward_units(slab, pass.sections, total_of(shape, slab, pass));
 }
 
 ShareCapacity share_capacity(const Shape& shape, Slab slab, const Pass& pass) {
-  return shares_of(total_of(shape, slab, pass), pass);
+  return backward_shares(slab, pass.sections, total_of(shape, slab, pass));
 }
 
 void list_units(const Shape& shape, Slab slab, Batch batch, const Index& index, int rows_per_unit, const UnitList& list,
@@ -112,10 +111,10 @@ void list_units(const Shape& shape, Slab slab, Batch batch, const Index& index, 
                            slab.heads,
                            shape.max_blocks,
                            shape.group,
-                           rows_per_unit,
                            shape.causal,
                            unit_capacity(shape, slab, rows_per_unit),
-                           1};
+                           {1, rows_per_unit, rows_per_unit},
+                           0};
   launch_cut(Start::behind, ChosenLists{heads, batch.blocks, index.offsets, index.rows}, shape.sm_count, index.rows,
              list, {}, stream);
 }
@@ -123,7 +122,7 @@ void list_units(const Shape& shape, Slab slab, Batch batch, const Index& index, 
 void list_backward_units(const Shape& shape, Slab slab, Batch batch, const Index& index, const Pass& pass,
                          const UnitList& list, const ShareList& shares, cudaStream_t stream) {
   const ListsOfHeads heads =
-      backward_heads(shape, slab, pass, shape.max_blocks, backward_unit_capacity(shape, slab, pass));
+      backward_heads(shape, slab, pass, total_of(shape, slab, pass), shape.max_blocks * pass.parts);
   const ChosenLists chosen{heads, batch.blocks, index.offsets, index.rows};
   launch_cut(Start::beside, PartLists{chosen, shape.max_blocks, pass.part_keys, pass.part_begin, pass.parts},
              shape.sm_count, index.rows, list, shares, stream);
