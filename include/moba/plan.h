@@ -38,8 +38,8 @@ struct Problem {
   std::int64_t batch = 1;         // sequences packed into one call, >= 0
   std::int64_t total_q = 0;       // Tq, query tokens of the batch
   std::int64_t total_k = 0;       // Tk, key tokens of the batch
-  std::int64_t max_seqlen_q = 0;  // longest sequence allowed; 0 means the total
-  std::int64_t max_seqlen_k = 0;
+  std::int64_t max_seqlen_q = 0;  // longest sequence allowed; 0 means the total, which costs packed batches
+  std::int64_t max_seqlen_k = 0;  // memory and time: workspaces and dense_backward's passes are for such lengths
   Config config;
   std::optional<Rope> rope;  // not given: q and k are taken as they are
 };

@@ -1,6 +1,7 @@
 // What a plan settles for backward: its kernel, how much of the work is done at a time, and the memory of that.
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "cuda/setup.h"
 
@@ -55,41 +56,68 @@ std::int64_t least_tokens(const Shape& s, const BackwardSetup& backward) {
   return ceil_div(std::max<std::int64_t>(1, rows / s.group), kTokenStep) * kTokenStep;
 }
 
-// As much at a time as `limit` allows, in about equal portions: whole key heads, else all rows and parts of the blocks
-// of one, else some rows and one part of each block, for which sums over slabs are kept: those are beyond the limit
-// where it is not the caller's. Returns the bytes, which are more than a caller's limit only where there is no choice.
-std::size_t choose_portions(const Setup& setup, BackwardSetup& backward, std::size_t limit, bool is_callers) {
-  const Shape& s = setup.shape;
-  const std::int64_t tokens = std::max(1, s.total_q), heads = s.kv_heads;
-  const std::int64_t parts = backward.all_parts, steps = ceil_div(tokens, kTokenStep);
-  const std::int64_t lists = std::max(1, backward.dense ? s.batch : s.max_blocks);
-  const auto bytes = [&](const Portion& portion) { return bytes_of(setup, backward, portion); };
-  const auto fits = [&](const Portion& portion) {
-    return lists * portion.parts <= kMostLists && bytes(portion) <= limit;
-  };
-  Portion chosen{1, tokens, 1};
-  if (const auto most = largest(heads, [&](std::int64_t n) { return fits({n, tokens, parts}); }); most > 0) {
-    chosen = {ceil_div(heads, ceil_div(heads, most)), tokens, parts};
-  } else if (const auto most_parts = largest(parts,
-                                             [&](std::int64_t n) {
-                                               return fits({1, tokens, n});
-                                             });
-             most_parts > 0) {
-    chosen.parts = ceil_div(parts, ceil_div(parts, most_parts));
-  } else {
-    const std::size_t totals =
-        std::size_t{8} * static_cast<std::size_t>(s.total_k) * static_cast<std::size_t>(s.head_dim);
-    const std::size_t slab_limit = is_callers ? limit : std::max(limit, totals + kSlabScratch);
-    const auto most_steps =
-        std::max<std::int64_t>(1, largest(steps, [&](std::int64_t n) {
-                                 return bytes({1, std::min(tokens, n * kTokenStep), 1}) <= slab_limit;
-                               }));
-    const std::int64_t even = ceil_div(steps, ceil_div(steps, most_steps)) * kTokenStep;
-    const Portion slab{1, std::min(tokens, std::max(even, least_tokens(s, backward))), 1};
-    if (bytes(slab) < bytes(chosen)) chosen = slab;  // the sums over slabs may take more than slabs save
+// Chooses how much is done at a time: as much as `limit` allows, in about equal portions.
+class Choice {
+ public:
+  Choice(const Setup& setup, const BackwardSetup& backward, std::size_t limit, bool is_callers)
+      : setup_(setup), backward_(backward), limit_(limit), is_callers_(is_callers) {}
+
+  Portion choose() const {
+    if (const auto heads = whole_heads()) return *heads;
+    if (const auto parts = parts_of_a_head()) return *parts;
+    return tokens_of_a_head();
   }
-  take(backward, s, chosen);
-  return bytes(chosen);
+  std::size_t bytes(const Portion& portion) const { return bytes_of(setup_, backward_, portion); }
+
+ private:
+  std::optional<Portion> whole_heads() const {
+    const std::int64_t heads = shape_.kv_heads;
+    const auto most = largest(heads, [&](std::int64_t n) { return fits({n, tokens_, parts_}); });
+    if (most == 0) return {};
+    return Portion{evenly(heads, most), tokens_, parts_};
+  }
+  std::optional<Portion> parts_of_a_head() const {
+    const auto most = largest(parts_, [&](std::int64_t n) { return fits({1, tokens_, n}); });
+    if (most == 0) return {};
+    return Portion{1, tokens_, evenly(parts_, most)};
+  }
+  // Some tokens and one part of each block: sums over slabs are kept then, beyond the limit where it is not the
+  // caller's. More than a caller's limit only where there is no choice.
+  Portion tokens_of_a_head() const {
+    const std::size_t totals =
+        std::size_t{8} * static_cast<std::size_t>(shape_.total_k) * static_cast<std::size_t>(shape_.head_dim);
+    const std::size_t limit = is_callers_ ? limit_ : std::max(limit_, totals + kSlabScratch);
+    const std::int64_t steps = ceil_div(tokens_, kTokenStep);
+    const auto most = largest(steps, [&](std::int64_t n) {
+      return bytes({1, std::min(tokens_, n * kTokenStep), 1}) <= limit;
+    });
+    const std::int64_t even = evenly(steps, std::max<std::int64_t>(1, most)) * kTokenStep;
+    const Portion all{1, tokens_, 1}, some{1, std::min(tokens_, std::max(even, least_tokens(shape_, backward_))), 1};
+    return bytes(some) < bytes(all) ? some : all;  // the sums may take more than slabs save
+  }
+
+  bool fits(const Portion& portion) const {
+    const std::int64_t lists = std::max(1, backward_.dense ? shape_.batch : shape_.max_blocks);
+    return lists * portion.parts <= kMostLists && bytes(portion) <= limit_;
+  }
+  // `all` in as few portions as it takes with at most `most` each.
+  static std::int64_t evenly(std::int64_t all, std::int64_t most) { return ceil_div(all, ceil_div(all, most)); }
+
+  const Setup& setup_;
+  const BackwardSetup& backward_;
+  std::size_t limit_;
+  bool is_callers_;
+  const Shape& shape_ = setup_.shape;
+  std::int64_t tokens_ = std::max(1, shape_.total_q), parts_ = backward_.all_parts;
+};
+
+// Returns the bytes it takes.
+std::size_t choose_portions(const Setup& setup, BackwardSetup& backward, std::size_t limit, bool is_callers) {
+  const Choice choice(setup, backward, limit, is_callers);
+  const Portion chosen = choice.choose();
+  const std::size_t bytes = choice.bytes(chosen);
+  take(backward, setup.shape, chosen);
+  return bytes;
 }
 
 }  // namespace

@@ -275,6 +275,29 @@ TEST(CudaSetup, BackwardOfLongSequencesTakesLargeSlabs) {
   }
 }
 
+// The last slab of a call may have fewer heads, tokens or parts than the memory was made for.
+TEST(CudaSetup, PartsOfASlabHaveNoMoreUnitsThanTheSlab) {
+  for (const std::int64_t tokens : {1 << 10, 5000, 1 << 16}) {
+    const Problem problem = problem_of(tokens, 28, 7, 128, {.block_size = 256, .top_k = 8});
+    const Plan::Impl plan = planned(problem, kH200);
+    const cuda::Shape& shape = plan.cuda->shape;
+    const cuda::BackwardSetup& backward = plan.cuda->chosen_backward;
+    const cuda::Slab whole{0, backward.slab_heads, 0, backward.slab_tokens};
+    const cuda::Pass all{backward.sections, backward.part_keys, 0, backward.parts};
+    for (int heads = 1; heads <= whole.heads; ++heads) {
+      for (int left = 1; left <= whole.tokens; left += 1 + left / 2) {
+        for (int parts = 1; parts <= all.parts; ++parts) {
+          const cuda::Slab slab{0, heads, 0, left};
+          const cuda::Pass pass{all.sections, all.part_keys, 0, parts};
+          EXPECT_LE(cuda::backward_unit_capacity(shape, slab, pass), cuda::backward_unit_capacity(shape, whole, all));
+          EXPECT_LE(cuda::share_capacity(shape, slab, pass).shares, cuda::share_capacity(shape, whole, all).shares);
+          EXPECT_LE(cuda::share_capacity(shape, slab, pass).splits, cuda::share_capacity(shape, whole, all).splits);
+        }
+      }
+    }
+  }
+}
+
 TEST(CudaSetup, RefusesWhatTheKernelsDoNotServe) {
   EXPECT_EQ(message_of(good_problem()), "accepted");
   struct Row {
