@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Times PyTorch's dense attention, cuDNN's and FlashAttention-2's, as bench/cuda_timing.h times MoBA, and draws both.
+"""Times PyTorch's dense attention, cuDNN's and FlashAttention-2's, as bench/cuda_timing.h times MoBA, and draws both:
+forward alone, and forward with backward ("training").
 
 Prints lines 'figure NAME VALUE UNIT' to stdout. Takes PyTorch with a GPU, and matplotlib for the picture.
 
@@ -8,11 +9,13 @@ Prints lines 'figure NAME VALUE UNIT' to stdout. Takes PyTorch with a GPU, and m
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
 
 TOKENS = {"2k": 2048, "4k": 4096, "8k": 8192, "16k": 16384, "32k": 32768, "64k": 65536, "128k": 131072}
+LONGER = {"256k": 262144, "512k": 524288, "1m": 1048576}  # where dense attention is not timed
 QUICK = ("8k", "32k", "64k")
 HEADS, HEAD_DIM = 16, 128
 LONG_CALL_MS = 200
@@ -24,7 +27,7 @@ def figure(name, value, unit):
 
 
 def rested_ms(torch, call):
-    """Median of 7 calls (3 of long ones) in a row, behind 2 that do not count, after half a second of rest."""
+    """Median of 5 calls (3 of long ones) in a row, behind 2 that do not count, after 0.6 seconds of rest."""
 
     def run(count):
         events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
@@ -35,42 +38,51 @@ def rested_ms(torch, call):
         torch.cuda.synchronize()
         return [before.elapsed_time(after) for before, after in zip(events, events[1:])]
 
-    calls = 3 if run(2)[1] > LONG_CALL_MS else 7
-    time.sleep(0.5)
+    calls = 3 if run(2)[1] > LONG_CALL_MS else 5
+    time.sleep(0.6)
     torch.cuda._sleep(HEAD_START_CYCLES)
     return statistics.median(run(2 + calls)[2:])
 
 
+def attention_calls(torch, tokens):
+    """What is timed of a size: 'forward' and 'training'."""
+    # [tokens, heads, d] in memory, as MoBA's, seen as PyTorch wants it.
+    q, k, v, dout = (
+        torch.randn(1, tokens, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(4))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+
+    def attend(*inputs):
+        return torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+
+    return {
+        "forward": lambda: attend(q, k, v),
+        "training": lambda: torch.autograd.grad(attend(*leaves), leaves, dout),
+    }
+
+
 def measure(torch, sizes):
-    """Milliseconds by (size, 'cudnn' or 'fa2'); a back end that refuses is said so and left out."""
+    """Milliseconds by (size, 'cudnn' or 'fa2', what); a back end that refuses is said so and left out."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     print(f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, {torch.cuda.get_device_name()}",
           file=sys.stderr)
     torch.manual_seed(1)
+    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    product = torch.empty_like(matrix)
+    ms = rested_ms(torch, lambda: torch.mm(matrix, matrix, out=product))
+    figure("torch.matmul", 2 * 8192**3 / ms / 1e9, "TFLOP/s")
     backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
     times = {}
-    with torch.inference_mode():
-        matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-        product = torch.empty_like(matrix)
-        ms = rested_ms(torch, lambda: torch.mm(matrix, matrix, out=product))
-        figure("torch.matmul", 2 * 8192**3 / ms / 1e9, "TFLOP/s")
-        for size in sizes:
-            # [tokens, heads, d] in memory, as MoBA's, seen as PyTorch wants it.
-            q, k, v = (
-                torch.randn(1, TOKENS[size], HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-                for _ in range(3))
-            for name, backend in backends.items():
-                def attention():
-                    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-                try:
-                    with sdpa_kernel(backend):
-                        times[size, name] = rested_ms(torch, attention)
-                except RuntimeError as error:
-                    print(f"{name} at {size}: {str(error).splitlines()[0]}", file=sys.stderr)
-                    continue
-                figure(f"torch.{size}.{name}", times[size, name], "ms")
+    for size in sizes:
+        calls = attention_calls(torch, TOKENS[size])
+        for (name, backend), (what, call) in itertools.product(backends.items(), calls.items()):
+            try:
+                with sdpa_kernel(backend):
+                    times[size, name, what] = rested_ms(torch, call)
+            except RuntimeError as error:
+                print(f"{name} {what} at {size}: {str(error).splitlines()[0]}", file=sys.stderr)
+                continue
+            figure(f"torch.{size}.{name}_{what}", times[size, name, what], "ms")
     return times
 
 
@@ -85,27 +97,14 @@ def read_figures(path):
 
 
 def compare(figures, times):
-    for (size, name), ms in times.items():
-        moba = figures.get(f"cuda.{size}.forward")
+    for (size, name, what), ms in times.items():
+        moba = figures.get(f"cuda.{size}.{what}")
         if moba:
-            figure(f"torch.{size}.{name}_over_moba", ms / moba, "ratio")
+            figure(f"torch.{size}.{name}_{what}_over_moba", ms / moba, "ratio")
 
 
-def draw(figures, times, path):
-    """Time over sequence length, both logarithmic: where MoBA and dense attention cross."""
-    import matplotlib
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "moba"  # the same picture for the same figures
-    lengths = {**TOKENS, "256k": 262144, "512k": 524288, "1m": 1048576}
-    curves = [
-        ("FlashAttention-2, dense (PyTorch)", "s--", "#9467bd", {s: times.get((s, "fa2")) for s in lengths}),
-        ("cuDNN, dense (PyTorch)", "^--", "#7f7f7f", {s: times.get((s, "cudnn")) for s in lengths}),
-        ("libmoba, dense", "D--", "#1f77b4", {s: figures.get(f"cuda.{s}.dense") for s in lengths}),
-        ("libmoba, MoBA, B = 128, k = 8", "o-", "#d62728", {s: figures.get(f"cuda.{s}.forward") for s in lengths}),
-    ]
-    plot, axes = pyplot.subplots(figsize=(8, 5))
+def draw_one(axes, title, curves):
+    lengths = {**TOKENS, **LONGER}
     measured = set()
     for label, style, color, values in curves:
         points = [(lengths[size], ms) for size, ms in values.items() if ms]
@@ -116,11 +115,33 @@ def draw(figures, times, path):
     axes.set_xticks(sorted(measured), [names[tokens].upper() for tokens in sorted(measured)])
     axes.minorticks_off()
     axes.set_xlabel("tokens of one causal sequence")
-    axes.set_ylabel("forward, milliseconds")
-    axes.set_title(f"bfloat16, {HEADS} heads, d = {HEAD_DIM}, random input", fontsize=11)
-    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda ms, _: f"{ms:g}"))
+    axes.set_title(title, fontsize=11)
+    axes.yaxis.set_major_formatter(lambda ms, _: f"{ms:g}")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.legend(frameon=False)
+
+
+def draw(figures, times, path):
+    """Time over sequence length, both logarithmic: where MoBA and dense attention cross."""
+    import matplotlib
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "moba"  # the same picture for the same figures
+    sizes = (*TOKENS, *LONGER)
+    dense = {s: figures.get(f"cuda.{s}.dense") for s in sizes}
+    back = {s: figures.get(f"cuda.{s}.dense_backward") for s in sizes}
+    ours = {"forward": dense, "training": {s: dense[s] + back[s] for s in sizes if dense[s] and back[s]}}
+    plot, panels = pyplot.subplots(1, 2, figsize=(12, 5))
+    for axes, (what, title) in zip(panels, (("forward", "forward"), ("training", "forward and backward"))):
+        draw_one(axes, title, [
+            ("FlashAttention-2, dense (PyTorch)", "s--", "#9467bd", {s: times.get((s, "fa2", what)) for s in sizes}),
+            ("cuDNN, dense (PyTorch)", "^--", "#7f7f7f", {s: times.get((s, "cudnn", what)) for s in sizes}),
+            ("libmoba, dense", "D--", "#1f77b4", ours[what]),
+            ("libmoba, MoBA, B = 128, k = 8", "o-", "#d62728", {s: figures.get(f"cuda.{s}.{what}") for s in sizes}),
+        ])
+    panels[0].set_ylabel("milliseconds")
+    plot.suptitle(f"bfloat16, {HEADS} heads, d = {HEAD_DIM}, random input", fontsize=11)
     plot.patch.set_facecolor("white")
     plot.tight_layout()
     plot.savefig(path, format="svg", metadata={"Date": None})
