@@ -11,10 +11,19 @@ namespace {
 
 enum Function { kBackward, kDenseBackward, kForward };
 
-// All arguments of the three, good ones; a test spoils one.
-struct Arguments {
+Case small_case(std::int64_t top_k) {
   Case c{
       .dtype = DType::bf16, .q_heads = 4, .kv_heads = 2, .head_dim = 64, .q_lengths = {60, 39}, .k_lengths = {75, 99}};
+  c.config.top_k = top_k;
+  return c;
+}
+constexpr std::int64_t kFew = 2, kEvery = 7;  // blocks a row; with all of them forward is dense
+
+// All arguments of the three, good ones; a test spoils one.
+struct Arguments {
+  explicit Arguments(std::int64_t top_k = kFew) : c(small_case(top_k)) {}
+
+  Case c;
   Data data{c};
   Plan plan{c.problem(), cuda_options()};
   Attention result{plan.problem()}, read{plan.problem()};
@@ -51,10 +60,10 @@ void call(Function function, const Arguments& a) {
 }
 
 void expect_refused(const std::vector<Function>& functions, const std::string& part,
-                    const std::function<void(Arguments&)>& spoil) {
+                    const std::function<void(Arguments&)>& spoil, std::int64_t top_k = kFew) {
   for (const Function function : functions) {
     SCOPED_TRACE(::testing::Message() << part << ", function " << function);
-    Arguments a;
+    Arguments a(top_k);
     MOBA_CUDA(cudaStreamSynchronize(test_stream()));
     spoil(a);
     try {
@@ -168,6 +177,22 @@ TEST_F(CudaRefusedBackward, SmallSelections) {
                  [](Arguments& a) { a.into.counts.data = a.kept.counts.tensor().data; });
   expect_refused({kForward}, "selection.offsets: is a pointer to memory that is no device's",
                  [](Arguments& a) { a.into.offsets.data = a.kept.offsets.tensor().data; });
+}
+
+// Dense kernels need no selection, but who asks for one wants backward to have its ids.
+TEST_F(CudaRefusedBackward, SmallSelectionsWhereForwardIsDense) {
+  expect_refused(
+      {kForward}, "selection.ids: is not given", [](Arguments& a) { a.into.ids = {}; }, kEvery);
+  expect_refused(
+      {kForward}, "selection.ids: is not given",
+      [](Arguments& a) {
+        const Tensor offsets = a.into.offsets;
+        a.into = {};
+        a.into.offsets = offsets;
+      },
+      kEvery);
+  expect_refused(
+      {kForward}, "selection.ids: is i32 [99, 2, ", [](Arguments& a) { a.into.ids.shape[1] = 2; }, kEvery);
 }
 
 TEST_F(CudaRefusedBackward, SmallWorkspaces) {
