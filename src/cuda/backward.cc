@@ -34,25 +34,28 @@ struct Job {
   }
 };
 
-void list_units(const Job& job, Slab slab, const Pass& pass) {
+void list_units(const Job& job, Start start, Slab slab, const Pass& pass) {
   const DeviceCall& c = job.call;
   const BackwardMemory& m = job.memory;
-  if (job.dense()) return list_dense_backward_units(c.shape, slab, c.batch, pass, m.units, m.share_list, c.stream);
-  list_backward_units(c.shape, slab, c.batch, m.index, pass, m.units, m.share_list, c.stream);
+  if (job.dense()) {
+    return list_dense_backward_units(start, c.shape, slab, c.batch, pass, m.units, m.share_list, c.stream);
+  }
+  list_backward_units(start, c.shape, slab, c.batch, m.index, pass, m.units, m.share_list, c.stream);
 }
 
-// What the products of a pass need. The kernels of it run beside one another: none reads what another writes.
+// What the products of a pass need. Its kernels may all run beside one another, the third from when the second lets it
+// start: none of them touches what another writes. The first is behind the memset.
 void prepare_pass(const Job& job, Slab slab, const Pass& pass) {
   const DeviceCall& c = job.call;
   const BackwardMemory& m = job.memory;
-  const bool is_first = pass.part_begin == 0;
+  const bool is_first = pass.part_begin == 0, fills = is_first && !job.sums_keys() && c.shape.total_k > 0;
   MOBA_CUDA(cudaMemsetAsync(m.share_list.counters, 0, 2 * sizeof(std::int32_t), c.stream));
-  if (is_first && !job.sums_keys()) {
+  if (fills) {
     fill_keys(c.shape, slab, c.batch, job.dense() ? nullptr : &m.index, view(job.gradients.dk), view(job.gradients.dv),
               c.stream);
     job.done("keys");
   }
-  list_units(job, slab, pass);
+  list_units(job, fills ? Start::beside : Start::behind, slab, pass);
   job.done("units");
   if (!is_first) return;
   const ConstTensor& lse = job.given.lse;

@@ -152,7 +152,7 @@ template <class T, int kGroup, bool kParts>
 __global__ void __launch_bounds__(kThreads, 4)
     sum_rows(Rows rows, Pass pass, Batch batch, QuerySums sums, View<void> dq) {
   sum_row<T, kGroup, kParts>(rows, pass, batch, sums, dq);
-  ptx::wait_for_previous();
+  ptx::end_behind_previous();
 }
 
 template <class T, bool kParts>

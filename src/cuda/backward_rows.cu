@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
     values.lse[behind_all] = INFINITY;
     values.delta[behind_all] = 0;
   }
-  ptx::wait_for_previous();
+  ptx::end_behind_previous();
 }
 
 template <class T>

@@ -74,25 +74,25 @@ class Choice {
     const std::int64_t heads = shape_.kv_heads;
     const auto most = largest(heads, [&](std::int64_t n) { return fits({n, tokens_, parts_}); });
     if (most == 0) return {};
-    return Portion{evenly(heads, most), tokens_, parts_};
+    return evenly(heads, most, [&](std::int64_t n) { return Portion{n, tokens_, parts_}; });
   }
   std::optional<Portion> parts_of_a_head() const {
     const auto most = largest(parts_, [&](std::int64_t n) { return fits({1, tokens_, n}); });
     if (most == 0) return {};
-    return Portion{1, tokens_, evenly(parts_, most)};
+    return evenly(parts_, most, [&](std::int64_t n) { return Portion{1, tokens_, n}; });
   }
   // Some tokens and one part of each block: sums over slabs are kept then, beyond the limit where it is not the
-  // caller's. More than a caller's limit only where there is no choice.
+  // caller's. More than a caller's limit only where slabs would be too small to be worth it.
   Portion tokens_of_a_head() const {
     const std::size_t totals =
         std::size_t{8} * static_cast<std::size_t>(shape_.total_k) * static_cast<std::size_t>(shape_.head_dim);
     const std::size_t limit = is_callers_ ? limit_ : std::max(limit_, totals + kSlabScratch);
+    const auto steps_of = [&](std::int64_t n) { return Portion{1, std::min(tokens_, n * kTokenStep), 1}; };
     const std::int64_t steps = ceil_div(tokens_, kTokenStep);
-    const auto most = largest(steps, [&](std::int64_t n) {
-      return bytes({1, std::min(tokens_, n * kTokenStep), 1}) <= limit;
-    });
-    const std::int64_t even = evenly(steps, std::max<std::int64_t>(1, most)) * kTokenStep;
-    const Portion all{1, tokens_, 1}, some{1, std::min(tokens_, std::max(even, least_tokens(shape_, backward_))), 1};
+    const auto most = largest(steps, [&](std::int64_t n) { return bytes(steps_of(n)) <= limit; });
+    Portion some = evenly(steps, std::max<std::int64_t>(1, most), steps_of);
+    some.tokens = std::min(tokens_, std::max(some.tokens, least_tokens(shape_, backward_)));
+    const Portion all{1, tokens_, 1};
     return bytes(some) < bytes(all) ? some : all;  // the sums may take more than slabs save
   }
 
@@ -100,8 +100,13 @@ class Choice {
     const std::int64_t lists = std::max(1, backward_.dense ? shape_.batch : shape_.max_blocks);
     return lists * portion.parts <= kMostLists && bytes(portion) <= limit_;
   }
-  // `all` in as few portions as it takes with at most `most` each.
-  static std::int64_t evenly(std::int64_t all, std::int64_t most) { return ceil_div(all, ceil_div(all, most)); }
+  // portion(n) for the smallest n that takes `all` in as few portions as `most` does, or, where that needs more memory
+  // (less work may be cut finer), portion(most).
+  template <class F>
+  Portion evenly(std::int64_t all, std::int64_t most, const F& portion) const {
+    const Portion even = portion(ceil_div(all, ceil_div(all, most))), large = portion(most);
+    return bytes(even) <= bytes(large) ? even : large;
+  }
 
   const Setup& setup_;
   const BackwardSetup& backward_;

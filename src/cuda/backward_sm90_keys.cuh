@@ -259,7 +259,7 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
     ptx::pin(s);
     finish_weights();
     pack_weights();
-    bool goes_on, owes_dk = false;  // with the next tile; that of unit n - 1
+    bool goes_on, unit_ended = false;  // goes on with the next tile; unit n - 1 has just ended
     do {
       const int q_stage = q.number, dout_stage = dout.number;
       const bool accumulate = tile > blind_tiles;
@@ -268,14 +268,14 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
       issue_sum<T>(dv, p, dout_columns + dout_stage * (L::kTileBytes / 16), accumulate);
       issue_transposed<T, d>(s, group_keys + (n & 1) * (L::kKeyStage / 16) + L::kKeyBytes / 16,
                              dout_rows + dout_stage * (L::kTileBytes / 16));
-      if (owes_dk) store_dk();
+      if (unit_ended) store_dk();
       q.next();
       dout.next();
       if (++tile == tiles) {
         tile = 0, ++n;
         wait_unit();
       }
-      owes_dk = tile == 0;
+      unit_ended = tile == 0;
       goes_on = tile > 0 || (tiles > 0 && blind_tiles == 0);
       ptx::wgmma_wait<0>();
       ptx::pin(s);
@@ -286,7 +286,7 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
       issue_scores();  // where it does not go on a product that nobody reads
       issue_sum<T>(dk, ds, q_columns + q_stage * (L::kTileBytes / 16), accumulate);
       store_slopes();
-      if (owes_dk) store_dv();
+      if (unit_ended) store_dv();
       ptx::wgmma_wait<1>();
       ptx::pin(s);
       finish_weights();
@@ -299,9 +299,10 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
   const auto leave_out = [&] {
 #pragma unroll
     for (int i = 0; i < d / 2; ++i) dk[i] = dv[i] = 0;
-    tile = 0, ++n;
-    wait_unit();
+    ++n;
     store_dv();
+    tile = 0;
+    wait_unit();
   };
 
   wait_unit();

@@ -156,13 +156,12 @@ struct Split {
 };
 
 struct ShareList {
-  Split* splits;           // [split_capacity()]
+  Split* splits;           // [share_capacity().splits]
   std::int32_t* counters;  // [2]: shares, splits
 };
 
-// What backward needs of a row besides q and dout. That of slab row r of head h of the slab stands at h * rows of a
-// head
-// + r; behind all of them is one that rows of no unit read.
+// What backward needs of a row besides q and dout. That of slab row r of head h of the slab stands at r + h * rows of a
+// head; behind all of them is one that rows of no unit read.
 struct RowValues {
   float* lse;    // base 2; +inf for a row with lse -inf and for what is behind all: their weights are 0
   float* delta;  // dout . out
@@ -186,6 +185,10 @@ struct BackwardOutput {
   View<void> dk, dv;         // [Tk, Hk, d], where Unit::share is -1
   KeyTotals totals;          // added to in their place, if there are any
 };
+
+// When a kernel starts: behind all that is in the stream, or, where the device can, beside the kernel before it
+// (launch.h).
+enum class Start : std::uint8_t { behind, beside };
 
 // ---- Setup ----
 
@@ -273,14 +276,14 @@ void merge_partials(const Shape&, const CallerPartials&, View<void> out, LseView
 // choose_all.cu: the ids, and counts if wanted, of a plan whose slots hold every block: all that a row sees.
 void choose_all(const Shape&, Batch, IdsView<std::int32_t> ids, CountsView counts, cudaStream_t);
 
-// backward_rows.cu: the values of the slab's rows. lse f32 [Hq, Tq]. Starts beside the kernel before it.
+// backward_rows.cu: the values of the slab's rows. lse f32 [Hq, Tq]. Starts beside the kernel before it, which must not
+// be the products.
 std::int64_t row_value_count(const Shape&, Slab);
 void row_values(const Shape&, Slab, View<const void> out, View<const void> dout, View<const void> lse, const RowValues&,
                 cudaStream_t);
 
 // units.cu, dense_units.cu, as the functions above. Dense: lists of all the rows of the slab that see a part of their
-// sequence, which then stands for a block. They expect counters of 0 in the ShareList, and start beside the kernel
-// before them, which must not be one that makes what they read.
+// sequence, which then stands for a block. They expect counters of 0 in the ShareList.
 std::int64_t backward_unit_capacity(const Shape&, Slab, const Pass&);
 std::int64_t dense_backward_unit_capacity(const Shape&, Slab, const Pass&);
 struct ShareCapacity {
@@ -288,9 +291,10 @@ struct ShareCapacity {
 };
 ShareCapacity share_capacity(const Shape&, Slab, const Pass&);
 ShareCapacity dense_share_capacity(const Shape&, Slab, const Pass&);
-void list_backward_units(const Shape&, Slab, Batch, const Index&, const Pass&, const UnitList&, const ShareList&,
+void list_backward_units(Start, const Shape&, Slab, Batch, const Index&, const Pass&, const UnitList&, const ShareList&,
                          cudaStream_t);
-void list_dense_backward_units(const Shape&, Slab, Batch, const Pass&, const UnitList&, const ShareList&, cudaStream_t);
+void list_dense_backward_units(Start, const Shape&, Slab, Batch, const Pass&, const UnitList&, const ShareList&,
+                               cudaStream_t);
 
 // backward_sm90.cu (d 64 and 128), backward_portable.cu (all d): dk and dv, and the partials of dq, of all units.
 inline constexpr int kSm90PartKeys = 128;

@@ -178,11 +178,11 @@ void list_dense_units(const Shape& shape, Batch batch, int rows_per_unit, const 
   launch(cut_sequences, dim3(shape.kv_heads), kThreads, 0, stream, dense, batch, list);
 }
 
-void list_dense_backward_units(const Shape& shape, Slab slab, Batch batch, const Pass& pass, const UnitList& list,
-                               const ShareList& shares, cudaStream_t stream) {
+void list_dense_backward_units(Start start, const Shape& shape, Slab slab, Batch batch, const Pass& pass,
+                               const UnitList& list, const ShareList& shares, cudaStream_t stream) {
   const ListsOfHeads heads =
       backward_heads(shape, slab, pass, dense_total_of(shape, slab, pass), shape.batch * pass.parts);
-  launch_cut(Start::beside,
+  launch_cut(start,
              DensePartLists{heads, batch.sequences, slab.token_begin, slab.tokens, pass.part_keys, pass.part_begin,
                             pass.parts},
              shape.sm_count, nullptr, list, shares, stream);

@@ -6,6 +6,7 @@
 #include <source_location>
 #include <string>
 
+#include "cuda/contract.h"
 #include "moba/error.h"
 
 namespace moba::cuda {
@@ -50,7 +51,7 @@ void allow_shared_memory(Kernel kernel) {
                                  most_shared_memory() - static_cast<int>(attributes.sharedSizeBytes)));
 }
 
-// Whether the kernel's code is of a kind that has ptx::wait_for_previous().
+// Whether the kernel's code is of a kind that has ptx::end_behind_previous().
 template <class Kernel>
 bool can_run_beside(Kernel kernel) {
   cudaFuncAttributes attributes;
@@ -58,13 +59,13 @@ bool can_run_beside(Kernel kernel) {
   return attributes.ptxVersion >= 90;
 }
 
-// When a kernel starts: behind all that is in the stream, or, where the device can, beside the kernel before it, from
-// its ptx::let_next_start() on. Of two such kernels neither touches what the other writes, and the later ends with
-// ptx::wait_for_previous(), so that who waits for it has waited for both.
-enum class Start { behind, beside };
-
 // Launches kernel<<<grid, threads, shared_bytes, stream>>>(arguments...). What fails is told by what the launch itself
 // returns: cudaGetLastError() would also give errors that the caller left behind.
+//
+// Start::beside: from ptx::let_next_start() of the kernel before it on. Of two such kernels neither touches what the
+// other writes, and the later calls ptx::end_behind_previous(), so that who waits for it has waited for both. Where
+// what is before it in the stream is no kernel, or a kernel that lets none start, that may be done without being
+// visible yet.
 template <class... Parameters, class... Arguments>
 void launch(Start start, void (*kernel)(Parameters...), const Grid& grid, int threads, std::size_t shared_bytes,
             cudaStream_t stream, const Arguments&... arguments) {

@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (place < lists.capacity) list.units[place] = unit;
     }
   }
-  ptx::wait_for_previous();
+  ptx::end_behind_previous();
 }
 
 // ---- Host ----
@@ -180,6 +180,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 inline std::int64_t most_units(std::int64_t lists, std::int64_t rows, int most_rows) {
   const std::int64_t filled = std::min(lists, rows);
   return filled + (rows - filled) / most_rows;
+}
+
+// Of `heads` key heads, the first of the last section.
+inline int last_section(int heads, const Sections& sections) {
+  return std::max(0, heads - 1) / sections.heads * sections.heads;
 }
 
 // What a pass of backward has to cut: lists of each key head, and the rows in them.
@@ -212,11 +217,10 @@ inline ShareCapacity backward_shares(Slab slab, const Sections& sections, const 
 }
 
 inline ListsOfHeads backward_heads(const Shape& shape, Slab slab, const Pass& pass, const HeadTotal& head, int lists) {
-  const int section = pass.sections.heads;
   return {slab.head_begin, slab.heads,
           lists,           shape.group,
           shape.causal,    backward_units(slab, pass.sections, head),
-          pass.sections,   std::max(0, slab.heads - 1) / section * section};
+          pass.sections,   last_section(slab.heads, pass.sections)};
 }
 
 template <class Lists>

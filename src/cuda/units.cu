@@ -107,25 +107,22 @@ ShareCapacity share_capacity(const Shape& shape, Slab slab, const Pass& pass) {
 
 void list_units(const Shape& shape, Slab slab, Batch batch, const Index& index, int rows_per_unit, const UnitList& list,
                 cudaStream_t stream) {
-  const ListsOfHeads heads{slab.head_begin,
-                           slab.heads,
-                           shape.max_blocks,
-                           shape.group,
-                           shape.causal,
-                           unit_capacity(shape, slab, rows_per_unit),
-                           {1, rows_per_unit, rows_per_unit},
-                           0};
+  const Sections sections{1, rows_per_unit, rows_per_unit};
+  const ListsOfHeads heads{slab.head_begin,  slab.heads,
+                           shape.max_blocks, shape.group,
+                           shape.causal,     unit_capacity(shape, slab, rows_per_unit),
+                           sections,         last_section(slab.heads, sections)};
   launch_cut(Start::behind, ChosenLists{heads, batch.blocks, index.offsets, index.rows}, shape.sm_count, index.rows,
              list, {}, stream);
 }
 
-void list_backward_units(const Shape& shape, Slab slab, Batch batch, const Index& index, const Pass& pass,
+void list_backward_units(Start start, const Shape& shape, Slab slab, Batch batch, const Index& index, const Pass& pass,
                          const UnitList& list, const ShareList& shares, cudaStream_t stream) {
   const ListsOfHeads heads =
       backward_heads(shape, slab, pass, total_of(shape, slab, pass), shape.max_blocks * pass.parts);
   const ChosenLists chosen{heads, batch.blocks, index.offsets, index.rows};
-  launch_cut(Start::beside, PartLists{chosen, shape.max_blocks, pass.part_keys, pass.part_begin, pass.parts},
-             shape.sm_count, index.rows, list, shares, stream);
+  launch_cut(start, PartLists{chosen, shape.max_blocks, pass.part_keys, pass.part_begin, pass.parts}, shape.sm_count,
+             index.rows, list, shares, stream);
 }
 
 }  // namespace moba::cuda

@@ -81,7 +81,44 @@ TEST_F(CudaBackwardBadValues, SmallRopeTableWithoutNegativePositions) {
   expect_all_nan(run, given, train(run, given));
 }
 
-// A row with such ids gets NaN and takes no part in anything else: dk, dv and the other rows are as if it had none.
+// Rows of one head with ids that break the rules get NaN and take no part in anything else: dk, dv and the other rows
+// are as if they had none. `wrong` are dealt out to them in turn.
+void expect_wrong_ids_left_out(const Case& c, bool shared, const std::vector<std::vector<std::int32_t>>& wrong) {
+  const Given given(c);
+  const std::int64_t tokens = given.data.q.dim(0), q_heads = c.q_heads;
+  for (const std::string& family : families(c.problem())) {
+    SCOPED_TRACE(::testing::Message() << c << ", " << family << (shared ? ", shared" : ""));
+    CudaRunner run(c.problem(), cuda_options(family));
+    Chosen good(run.plan(), {}, shared);
+    choose_anything(c, good, run_seed());
+    Attention results = run.attend(given.data.inputs(), good);
+    Chosen bad = good, emptied = good;
+    const std::int64_t heads = good.ids.dim(1), slots = good.ids.dim(2);
+    const auto is_bad = [&](std::int64_t token, std::int64_t head) { return token % 5 == 2 && head % heads == 1; };
+    for (std::int64_t token = 2, next = 0; token < tokens; token += 5, ++next) {
+      for (std::int64_t slot = 0; slot < slots; ++slot) {
+        bad.ids.as<std::int32_t>(token, 1, slot) = wrong[next % wrong.size()][slot];
+      }
+      emptied.set_row(token, 1, {});
+    }
+    const Slopes expected = run.backward(given.data.inputs(), emptied, results, given.dout);
+    const Slopes got = run.backward(given.data.inputs(), bad, results, given.dout);
+    EXPECT_TRUE(got.surroundings_untouched());
+    for (std::int64_t token = 0; token < tokens; ++token) {
+      for (std::int64_t head = 0; head < q_heads; ++head) {
+        const bool nan = is_bad(token, shared ? head / 2 : head);
+        for (std::int64_t x = 0; x < c.head_dim; ++x) {
+          ASSERT_TRUE(nan ? std::isnan(got.dq.get(token, head, x))
+                          : got.dq.get(token, head, x) == expected.dq.get(token, head, x))
+              << "token " << token << ", head " << head;
+        }
+      }
+    }
+    EXPECT_TRUE(got.dk.bits() == expected.dk.bits());
+    EXPECT_TRUE(got.dv.bits() == expected.dv.bits());
+  }
+}
+
 TEST_F(CudaBackwardBadValues, SmallWrongIds) {
   const std::vector<std::vector<std::int32_t>> wrong{{2, 1, -1}, {1, 1, 2},   {0, 7, -1},   {0, kMost, -1},
                                                      {-2, 1, 2}, {-1, 1, -1}, {1, -2, -1},  {-kMost - 1, -1, -1},
@@ -91,39 +128,32 @@ TEST_F(CudaBackwardBadValues, SmallWrongIds) {
       Case c{.dtype = DType::bf16, .q_heads = 4, .kv_heads = 2, .head_dim = d, .q_lengths = {60, 39}};
       c.k_lengths = {75, 99};  // 5 blocks and 7
       c.config = {.block_size = 16, .top_k = 3};
-      const Given given(c);
-      for (const std::string& family : families(c.problem())) {
-        SCOPED_TRACE(::testing::Message() << c << ", " << family << (shared ? ", shared" : ""));
-        CudaRunner run(c.problem(), cuda_options(family));
-        Chosen good(run.plan(), {}, shared);
-        choose_anything(c, good, run_seed());
-        Attention results = run.attend(given.data.inputs(), good);
-        Chosen bad = good, emptied = good;
-        const std::int64_t heads = good.ids.dim(1);
-        const auto is_bad = [&](std::int64_t token, std::int64_t head) { return token % 5 == 2 && head % heads == 1; };
-        for (std::int64_t token = 2, next = 0; token < 99; token += 5, ++next) {
-          for (std::int64_t slot = 0; slot < 3; ++slot) {
-            bad.ids.as<std::int32_t>(token, 1, slot) = wrong[next % wrong.size()][slot];
-          }
-          emptied.set_row(token, 1, {});
-        }
-        const Slopes expected = run.backward(given.data.inputs(), emptied, results, given.dout);
-        const Slopes got = run.backward(given.data.inputs(), bad, results, given.dout);
-        EXPECT_TRUE(got.surroundings_untouched());
-        for (std::int64_t token = 0; token < 99; ++token) {
-          for (std::int64_t head = 0; head < 4; ++head) {
-            const bool nan = is_bad(token, shared ? head / 2 : head);
-            for (std::int64_t x = 0; x < d; ++x) {
-              ASSERT_TRUE(nan ? std::isnan(got.dq.get(token, head, x))
-                              : got.dq.get(token, head, x) == expected.dq.get(token, head, x))
-                  << "token " << token << ", head " << head;
-            }
-          }
-        }
-        EXPECT_TRUE(got.dk.bits() == expected.dk.bits());
-        EXPECT_TRUE(got.dv.bits() == expected.dv.bits());
-      }
+      expect_wrong_ids_left_out(c, shared, wrong);
     }
+  }
+}
+
+// Ids are read 8 or 16 at a time: the wrong one stands at either side of such a place, or comes last.
+TEST_F(CudaBackwardBadValues, SmallWrongIdsOfLongRows) {
+  for (const std::int32_t top_k : {12, 20}) {
+    std::vector<std::int32_t> right(static_cast<std::size_t>(top_k));
+    for (std::int32_t i = 0; i < top_k; ++i) right[static_cast<std::size_t>(i)] = i;
+    std::vector<std::vector<std::int32_t>> wrong;
+    for (const std::int32_t place : {7, 8, 15, 16, top_k - 1}) {
+      if (place >= top_k) continue;
+      const auto at = static_cast<std::size_t>(place);
+      for (const std::int32_t id : {place - 1, place - 2, -2, 100, kMost}) {  // 100: more than there are
+        wrong.push_back(right);
+        wrong.back()[at] = id;
+      }
+      if (place == top_k - 1) continue;
+      wrong.push_back(right);
+      wrong.back()[at] = -1;  // and then an id
+    }
+    Case c{.dtype = DType::bf16, .q_heads = 4, .kv_heads = 2, .head_dim = 64, .q_lengths = {60, 139}};
+    c.k_lengths = {380, 420};
+    c.config = {.block_size = 16, .top_k = top_k};
+    expect_wrong_ids_left_out(c, false, wrong);
   }
 }
 

@@ -142,6 +142,26 @@ TEST_F(CudaBackwardChoices, SinkSkewed) {
   });
 }
 
+// So many rows that key heads go in several sections, whose units differ in size: the sink's list is cut in each.
+TEST_F(CudaBackwardChoices, SectionsOfHeads) {
+  Case c{.name = "sections", .dtype = DType::bf16, .q_heads = 8, .kv_heads = 8, .head_dim = 128, .q_lengths = {20000}};
+  c.k_lengths = {20000};
+  c.config = {.block_size = 128, .top_k = 2};
+  c.seed = run_seed();
+  const Given given(c);
+  const Chosen chosen = choose(c, false, [](std::int64_t token, std::int64_t) {
+    const auto own = static_cast<std::int32_t>(token / 128);
+    return own == 0 ? std::vector<std::int32_t>{0} : std::vector<std::int32_t>{0, own};
+  });
+  for (const std::string& family : families(c.problem())) {
+    CudaRunner run(c.problem(), cuda_options(family));
+    for (const Trained& trained : {train_on(run, given, chosen), train_dense(run, given)}) {
+      EXPECT_TRUE(near(given, trained, cpu_gradients(given, trained)))
+          << family << (trained.chosen ? "" : ", all keys");
+    }
+  }
+}
+
 // One row attends to as many blocks as it may, the others to one.
 TEST_F(CudaBackwardChoices, OneRowWithEveryBlock) {
   for (const std::int64_t d : {64, 128, 192}) {

@@ -262,6 +262,21 @@ TEST(CudaSetup, BackwardKeepsALimitOrSaysWhatItNeeds) {
   }
 }
 
+// More memory is never too little.
+TEST(CudaSetup, BackwardKeepsEveryLimitAboveOneThatItKeeps) {
+  const Problem problem = problem_of(1 << 17, 16, 4, 128, {.block_size = 64, .top_k = 8});
+  std::size_t kept = 0;
+  for (std::size_t limit = 290 * kMiB; limit < 340 * kMiB; limit += 64 * 1024) {
+    const Plan::Impl plan = planned(problem, kH200, "", limit);
+    if (plan.backward_workspace_limit == 0) {
+      kept = limit;
+    } else {
+      EXPECT_EQ(kept, 0U) << "refused with " << limit << ", which is more";
+    }
+  }
+  EXPECT_GT(kept, 0U);
+}
+
 // Each slab of tokens has many rows for each block: with few, units would load keys for next to nothing.
 TEST(CudaSetup, BackwardOfLongSequencesTakesLargeSlabs) {
   for (const Problem& problem : {problem_of(1'500'000, 16, 16, 128, {.block_size = 128, .top_k = 8}),
@@ -290,8 +305,12 @@ TEST(CudaSetup, PartsOfASlabHaveNoMoreUnitsThanTheSlab) {
           const cuda::Slab slab{0, heads, 0, left};
           const cuda::Pass pass{all.sections, all.part_keys, 0, parts};
           EXPECT_LE(cuda::backward_unit_capacity(shape, slab, pass), cuda::backward_unit_capacity(shape, whole, all));
-          EXPECT_LE(cuda::share_capacity(shape, slab, pass).shares, cuda::share_capacity(shape, whole, all).shares);
-          EXPECT_LE(cuda::share_capacity(shape, slab, pass).splits, cuda::share_capacity(shape, whole, all).splits);
+          EXPECT_LE(cuda::dense_backward_unit_capacity(shape, slab, pass),
+                    cuda::dense_backward_unit_capacity(shape, whole, all));
+          for (const auto capacity : {cuda::share_capacity, cuda::dense_share_capacity}) {
+            EXPECT_LE(capacity(shape, slab, pass).shares, capacity(shape, whole, all).shares);
+            EXPECT_LE(capacity(shape, slab, pass).splits, capacity(shape, whole, all).splits);
+          }
         }
       }
     }

@@ -11,10 +11,10 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
-// Until the kernel before has ended and what it wrote can be seen.
-__device__ __forceinline__ void wait_for_previous() {
+// The kernel ends behind the one before it: its last CTA waits until that has ended and what it wrote can be seen.
+__device__ __forceinline__ void end_behind_previous() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (blockIdx.x + 1 == gridDim.x && blockIdx.y + 1 == gridDim.y) asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
