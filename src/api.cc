@@ -83,9 +83,12 @@ Call make_call(const Plan& plan, const Inputs& inputs, unsigned reads, Workspace
   return make_call(plan, inputs, reads, workspace, stream, forward_needs(plan));
 }
 
-// Everything a call reads, for the overlap check.
-std::vector<Region> regions(const Inputs& inputs, unsigned reads) {
+// Everything a call reads, and the plan's own tables, for the overlap check.
+std::vector<Region> regions(const Plan& plan, const Inputs& inputs, unsigned reads) {
   std::vector<Region> all{{"cu_seqlens_q", inputs.cu_seqlens_q}, {"cu_seqlens_k", inputs.cu_seqlens_k}};
+  if (const auto& rope = plan.problem().rope) {
+    all.insert(all.end(), {{"rope.cos", rope->cos}, {"rope.sin", rope->sin}});
+  }
   if (reads & kQ) all.emplace_back("q", inputs.q);
   if (reads & kK) all.emplace_back("k", inputs.k);
   if (reads & kV) all.emplace_back("v", inputs.v);
@@ -144,7 +147,7 @@ Call checked_attention(const Plan& plan, const Inputs& inputs, const Selection* 
     check_kept_selection(plan.impl(), *kept);
     for (const Region& region : selection_regions(*kept)) written.push_back(region);
   }
-  check_no_overlap(written, regions(inputs, kQ | kK | kV));
+  check_no_overlap(written, regions(plan, inputs, kQ | kK | kV));
   check_positions(call);
   return call;
 }
@@ -162,7 +165,7 @@ void forward_into(const Plan& plan, const Inputs& inputs, const Selection* kept,
     plan.impl().steps->choose_all(call, tidy(*kept));
   } else if (is_dense && kept != nullptr && kept->offsets.given()) {  // there is none, and backward is to know
     check_selection_transpose(plan.impl(), *kept);
-    check_no_overlap(std::array{Region("selection.offsets", kept->offsets)}, regions(inputs, kQ | kK | kV));
+    check_no_overlap(std::array{Region("selection.offsets", kept->offsets)}, regions(plan, inputs, kQ | kK | kV));
     mark_stale(*kept);
   }
   Stack stack(call, plan.problem());
@@ -184,7 +187,7 @@ Call checked_backward(const Plan& plan, const Inputs& inputs, const Selection* s
   Call call = make_call(plan, inputs, kQ | kK | kV, workspace, stream, backward_needs(plan));
   check_results(plan.impl(), results, dout);
   check_gradients(plan.impl(), gradients);
-  std::vector<Region> read = regions(inputs, kQ | kK | kV);
+  std::vector<Region> read = regions(plan, inputs, kQ | kK | kV);
   read.insert(read.end(), {{"results.out", results.out}, {"results.lse", results.lse}, {"dout", dout}});
   const bool on_host = call.plan.device == Device::cpu;  // and there the transpose is read, elsewhere the ids
   if (selection != nullptr && !on_host) {
@@ -192,7 +195,10 @@ Call checked_backward(const Plan& plan, const Inputs& inputs, const Selection* s
     read.emplace_back("selection.ids", selection->ids);
   } else if (selection != nullptr) {
     check_selection_transpose(plan.impl(), *selection);
-    read.insert(read.end(), {{"selection.offsets", selection->offsets}, {"selection.rows", selection->rows}});
+    read.insert(read.end(), {{"selection.offsets", selection->offsets},
+                             {"selection.rows", selection->rows},
+                             {"selection.ids", selection->ids},
+                             {"selection.counts", selection->counts}});
   }
   const Region written[] = {{"gradients.dq", gradients.dq},
                             {"gradients.dk", gradients.dk},
@@ -290,7 +296,7 @@ void rope(const Plan& plan, const Inputs& inputs, const Tensor& q_rotated, const
   check_tensor(plan.impl(), q_rotated, {"q_rotated", p.dtype, {p.total_q, p.q_heads, p.head_dim}, true});
   check_tensor(plan.impl(), k_rotated, {"k_rotated", p.dtype, {p.total_k, p.kv_heads, p.head_dim}, true});
   const Region written[] = {{"q_rotated", q_rotated}, {"k_rotated", k_rotated}, {"workspace", workspace}};
-  check_no_overlap(written, regions(inputs, kQ | kK));
+  check_no_overlap(written, regions(plan, inputs, kQ | kK));
   check_positions(call);
   plan.impl().steps->rope(call, tidy(q_rotated), tidy(k_rotated));
 }
@@ -299,7 +305,7 @@ void pool(const Plan& plan, const Inputs& inputs, const Tensor& centroids, Works
   const Call call = make_call(plan, inputs, kK, workspace, stream);
   check_centroids(plan.impl(), centroids, true);
   const Region written[] = {{"centroids", centroids}, {"workspace", workspace}};
-  check_no_overlap(written, regions(inputs, kK));
+  check_no_overlap(written, regions(plan, inputs, kK));
   plan.impl().steps->pool(call, tidy(centroids));
 }
 
@@ -313,7 +319,7 @@ void gate(const Plan& plan, const Inputs& inputs, const ConstTensor& centroids, 
                             {"selection.counts", selection.counts},
                             {"selection.offsets", selection.offsets},
                             {"workspace", workspace}};
-  std::vector<Region> read = regions(inputs, kQ);
+  std::vector<Region> read = regions(plan, inputs, kQ);
   read.emplace_back("centroids", centroids);
   check_no_overlap(written, read);
   if (selection.offsets.given() && call.plan.device == Device::cpu) mark_stale(selection);
@@ -329,7 +335,7 @@ void index(const Plan& plan, const Inputs& inputs, const Selection& selection, W
                             {"selection.offsets", selection.offsets},
                             {"selection.rows", selection.rows},
                             {"workspace", workspace}};
-  std::vector<Region> read = regions(inputs, 0);
+  std::vector<Region> read = regions(plan, inputs, 0);
   read.emplace_back("selection.ids", selection.ids);
   check_no_overlap(written, read);
   if (call.plan.device == Device::cpu) check_ids(call, tidy(selection));
@@ -344,7 +350,7 @@ void select(const Plan& plan, const Inputs& inputs, const Selection& selection, 
   check_selection_transpose(plan.impl(), selection);
   std::vector<Region> written = selection_regions(selection);
   written.emplace_back("workspace", workspace);
-  check_no_overlap(written, regions(inputs, kQ | kK));
+  check_no_overlap(written, regions(plan, inputs, kQ | kK));
   Stack stack(call, p);
   const Tensor centroids = stack.tensor(plan.impl().centroids_bytes, plan.max_blocks(), p.kv_heads);
   plan.impl().steps->pool(call, centroids);
@@ -363,7 +369,7 @@ void attend(const Plan& plan, const Inputs& inputs, const Selection& selection, 
   }
   check_outputs(plan.impl(), outputs);
   const Region written[] = {{"out", outputs.out}, {"lse", outputs.lse}, {"workspace", workspace}};
-  std::vector<Region> read = regions(inputs, kQ | kK | kV);
+  std::vector<Region> read = regions(plan, inputs, kQ | kK | kV);
   if (on_host) {
     read.emplace_back("selection.offsets", selection.offsets);
     read.emplace_back("selection.rows", selection.rows);

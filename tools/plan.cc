@@ -24,7 +24,8 @@ void print_memory(const Plan& plan) {
   line("workspace", use.workspace, "all that a call takes beyond the tensors above");
   line("total", use.q + use.k + use.v + use.out + use.lse + use.workspace, "");
   line("selection", static_cast<double>(plan.selection_bytes()),
-       "for who calls the stages one by one; otherwise in the workspace, part by part if need be");
+       "for backward, and who calls the stages one by one; otherwise in the workspace, part by part if need be");
+  line("backward", use.backward_workspace, "workspace of backward, beyond selection, dout and gradients");
 }
 
 void print_arithmetic(const Arithmetic& arithmetic) {
@@ -32,7 +33,8 @@ void print_arithmetic(const Arithmetic& arithmetic) {
   std::printf("arithmetic\n");
   for (const auto& [name, flop] :
        {std::pair{"pool", arithmetic.pool}, std::pair{"gate", arithmetic.gate}, std::pair{"attend", arithmetic.attend},
-        std::pair{"MoBA", moba}, std::pair{"dense", arithmetic.dense}}) {
+        std::pair{"MoBA", moba}, std::pair{"dense", arithmetic.dense}, std::pair{"backward", arithmetic.backward},
+        std::pair{"of dense", arithmetic.dense_backward}}) {
     std::printf("  %-10s %14s\n", name, format_flop(flop).c_str());
   }
   if (moba > 0) std::printf("dense / MoBA %.2f\n", arithmetic.dense / moba);

@@ -8,7 +8,7 @@
 namespace moba::cuda {
 namespace {
 
-constexpr std::size_t kSlabScratch = std::size_t{1} << 30;   // beside the sums over slabs of tokens
+constexpr std::size_t kSlabScratch = std::size_t{1} << 30;   // beside the sums over slabs of tokens; at most twice that
 constexpr std::int64_t kMostLists = 1 << 24;                 // of a key head, parts counted
 constexpr std::size_t kSmallDense = std::size_t{256} << 20;  // dense_backward may have so much, or what backward takes
 
@@ -49,11 +49,11 @@ std::size_t bytes_of(const Setup& setup, BackwardSetup backward, const Portion& 
   return carver.used();
 }
 
-// Tokens of the smallest slab: lists of a tile of rows on average, or each unit would load its keys for nothing.
+// Tokens of a slab that is worth it: lists of a tile of rows on average, or each unit would load its keys for nothing.
 std::int64_t least_tokens(const Shape& s, const BackwardSetup& backward) {
   constexpr std::int64_t kRows = 64;
   const std::int64_t rows = backward.dense ? 16 * kRows : kRows * s.max_blocks / s.slots;
-  return ceil_div(std::max<std::int64_t>(1, rows / s.group), kTokenStep) * kTokenStep;
+  return std::max<std::int64_t>(1, rows / s.group);
 }
 
 // Chooses how much is done at a time: as much as `limit` allows, in about equal portions.
@@ -81,17 +81,22 @@ class Choice {
     if (most == 0) return {};
     return evenly(parts_, most, [&](std::int64_t n) { return Portion{1, tokens_, n}; });
   }
-  // Some tokens and one part of each block: sums over slabs are kept then, beyond the limit where it is not the
-  // caller's. More than a caller's limit only where slabs would be too small to be worth it.
+  // Some tokens and one part of each block: sums over slabs are kept then. Where the limit is not the caller's they are
+  // beyond it, and small slabs grow.
   Portion tokens_of_a_head() const {
     const std::size_t totals =
         std::size_t{8} * static_cast<std::size_t>(shape_.total_k) * static_cast<std::size_t>(shape_.head_dim);
-    const std::size_t limit = is_callers_ ? limit_ : std::max(limit_, totals + kSlabScratch);
     const auto steps_of = [&](std::int64_t n) { return Portion{1, std::min(tokens_, n * kTokenStep), 1}; };
+    const auto most_within = [&](std::int64_t steps, std::size_t limit) {
+      return std::max<std::int64_t>(1, largest(steps, [&](std::int64_t n) { return bytes(steps_of(n)) <= limit; }));
+    };
     const std::int64_t steps = ceil_div(tokens_, kTokenStep);
-    const auto most = largest(steps, [&](std::int64_t n) { return bytes(steps_of(n)) <= limit; });
-    Portion some = evenly(steps, std::max<std::int64_t>(1, most), steps_of);
-    some.tokens = std::min(tokens_, std::max(some.tokens, least_tokens(shape_, backward_)));
+    const std::size_t limit = is_callers_ ? limit_ : std::max(limit_, totals + kSlabScratch);
+    Portion some = evenly(steps, most_within(steps, limit), steps_of);
+    if (!is_callers_) {
+      const std::int64_t worth = std::min(steps, ceil_div(least_tokens(shape_, backward_), kTokenStep));
+      some.tokens = std::max(some.tokens, steps_of(most_within(worth, totals + 2 * kSlabScratch)).tokens);
+    }
     const Portion all{1, tokens_, 1};
     return bytes(some) < bytes(all) ? some : all;  // the sums may take more than slabs save
   }
