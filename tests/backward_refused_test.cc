@@ -147,6 +147,8 @@ TEST(BackwardRefused, Overlaps) {
                          {"results.out", [](Arguments& a) { move_to_room(a, a.results.out); }},
                          {"results.lse", [](Arguments& a) { move_to_room(a, a.results.lse); }},
                          {"dout", [](Arguments& a) { move_to_room(a, a.dout); }},
+                         {"selection.ids", [](Arguments& a) { move_to_room(a, a.selection.ids); }, true},
+                         {"selection.counts", [](Arguments& a) { move_to_room(a, a.selection.counts); }, true},
                          {"selection.offsets", [](Arguments& a) { move_to_room(a, a.selection.offsets); }, true},
                          {"selection.rows", [](Arguments& a) { move_to_room(a, a.selection.rows); }, true}};
   const std::pair<std::string, Tensor Gradients::*> gradients[] = {

@@ -226,16 +226,17 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
     __syncwarp();
     ptx::barrier_arrive_if(lane == 0, base + L::kDSFull);
   };
-  // Those of unit n - 1; dK is the last that the group does with a unit.
+  // Those of unit n - 1. With its dK the group is done with the unit, but for what it copies of it.
   const auto store_dv = [&] {
     ptx::pin(dv);
     store_sum<Sum::dv, T, d>(arguments, ring[(n - 1) & 1], key, dv);
   };
   const auto store_dk = [&] {
     ptx::pin(dk);
-    store_sum<Sum::dk, T, d>(arguments, ring[(n - 1) & 1], key, dk);
+    const Unit unit = ring[(n - 1) & 1];
     __syncwarp();
     ptx::barrier_arrive_if(lane == 0, base + L::kKeyEmpty + ((n - 1) & 1) * 8);
+    store_sum<Sum::dk, T, d>(arguments, unit, key, dk);
   };
   const auto pass_tile = [&] {
     ptx::barrier_wait(base + L::kQFull + q.number * 8, q.parity);
