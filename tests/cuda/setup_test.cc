@@ -266,7 +266,7 @@ TEST(CudaSetup, BackwardKeepsALimitOrSaysWhatItNeeds) {
 TEST(CudaSetup, BackwardKeepsEveryLimitAboveOneThatItKeeps) {
   const Problem problem = problem_of(1 << 17, 16, 4, 128, {.block_size = 64, .top_k = 8});
   std::size_t kept = 0;
-  for (std::size_t limit = 290 * kMiB; limit < 340 * kMiB; limit += 64 * 1024) {
+  for (std::size_t limit = 290 * kMiB; limit < 340 * kMiB; limit += kMiB / 16) {
     const Plan::Impl plan = planned(problem, kH200, "", limit);
     if (plan.backward_workspace_limit == 0) {
       kept = limit;
