@@ -35,12 +35,9 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
     return __ldg(arguments.rows + unit.first + min(row + held, unit.rows - 1));
   };
 
-  const int count = arguments.keys.counters[1];
-  int ticket = 0, word = 0;  // of the unit behind the next; of the next
-  if (t == 0) ticket = atomicAdd(arguments.keys.counters, 1);
-  if (warp == 0) word = unit_word<L>(arguments.keys, count, ticket);
-  if (t == 0) ticket = atomicAdd(arguments.keys.counters, 1);
-  take_unit<L>(k_map, v_map, arguments.keys, base, ring, 0, word);
+  DrawnUnits<L> drawn(arguments.keys, t, warp);
+  drawn.advance();
+  take_unit<L>(k_map, v_map, arguments.keys, base, ring, 0, drawn.word());
   if (ring[0].rows == 0) return;
   std::uint32_t now[2] = {units_of(load(ring[0], 0)), units_of(load(ring[0], 2 * kTileRows))};
   int stage = 0, parity = 1;
@@ -51,8 +48,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
     // The next unit is asked for when its stage is, as a rule, free; never before the first tile of each consumer is
     // here, or it would wait for consumers that wait for their tile.
     const int ask = min(tiles, L::kQStages + 2);
-    if (warp == 0) word = unit_word<L>(arguments.keys, count, ticket);
-    if (t == 0) ticket = atomicAdd(arguments.keys.counters, 1);
+    drawn.advance();
     const char* from = arguments.q.data + unit.head * arguments.q.key_head_bytes + t % kLanes * 16;
     for (int tile = 0; tile < tiles; tile += kTilesAhead) {
       const bool last = tile + kTilesAhead >= tiles, asks = tile < ask && tile + kTilesAhead >= ask;
@@ -84,7 +80,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
         }
       }
       if (asks) {
-        take_unit<L>(k_map, v_map, arguments.keys, base, ring, n + 1, word);
+        take_unit<L>(k_map, v_map, arguments.keys, base, ring, n + 1, drawn.word());
         if (last) load_later(next_unit, 0);
       }
       now[0] = units_of(later[0]), now[1] = units_of(later[1]);

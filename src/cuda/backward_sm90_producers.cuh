@@ -48,20 +48,16 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
     }
   };
 
-  const int count = arguments.keys.counters[1];
-  int ticket = 0, word = 0;  // of the unit behind the next; of the next
-  if (t == 0) ticket = atomicAdd(arguments.keys.counters, 1);
-  if (warp == 0) word = unit_word<L>(arguments.keys, count, ticket);
-  if (t == 0) ticket = atomicAdd(arguments.keys.counters, 1);
-  take_unit<L>(k_map, v_map, arguments.keys, base, ring, 0, word);
+  DrawnUnits<L> drawn(arguments.keys, t, warp);
+  drawn.advance();
+  take_unit<L>(k_map, v_map, arguments.keys, base, ring, 0, drawn.word());
   Stage<L::kQStages> q(1);
   Stage<L::kDOStages> dout(1);
   int next = ring[0].rows > 0 ? row_id(ring[0], 0) : 0;
   for (int n = 0; ring[n & 1].rows > 0; ++n) {
     const Unit& unit = ring[n & 1];
     const Unit& next_unit = ring[(n + 1) & 1];
-    if (warp == 0) word = unit_word<L>(arguments.keys, count, ticket);
-    if (t == 0) ticket = atomicAdd(arguments.keys.counters, 1);
+    drawn.advance();
     const char *q_from = key_head_rows(arguments.q, unit), *dout_from = key_head_rows(arguments.dout, unit);
     const float* unit_values = values + (unit.head * arguments.head_values - arguments.first_value);
     // The next unit is asked for when its stage is, as a rule, free.
@@ -81,7 +77,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
       ptx::copy_async_arrive(base + L::kDOFull + dout.number * 8);
       dout.next();
       if (tile != ask) continue;
-      take_unit<L>(k_map, v_map, arguments.keys, base, ring, n + 1, word);
+      take_unit<L>(k_map, v_map, arguments.keys, base, ring, n + 1, drawn.word());
       if (is_last && next_unit.rows > 0) next = row_id(next_unit, 0);
     }
   }

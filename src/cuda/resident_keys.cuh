@@ -55,16 +55,38 @@ __device__ __forceinline__ void copy_short_keys(std::uint32_t to, const char* fr
   }
 }
 
-// A unit travels from the list of `count` to the ring in a register: word i of it in lane i of the producers' first
-// warp, read while the unit before is gathered.
+// The units of this CTA, drawn by ticket. One travels from the list to the ring in a register: word i of it in lane i
+// of the producers' first warp, read while the unit before is gathered.
 template <class L>
-__device__ __forceinline__ int unit_word(const KeySource& source, int count, int ticket) {
-  constexpr int kWords = sizeof(Unit) / 4, kRowsWord = offsetof(Unit, rows) / 4;
-  const int lane = threadIdx.x % 32;
-  ticket = __shfl_sync(kAllLanes, ticket, 0);
-  if (ticket >= count) return lane == kRowsWord ? 0 : L::kKeys;
-  return reinterpret_cast<const int*>(source.units + ticket)[min(lane, kWords - 1)];
-}
+class DrawnUnits {
+ public:
+  // `t`, `warp`: number of the thread and of its warp among the producers, the latter known to be the same in all of
+  // it.
+  __device__ __forceinline__ DrawnUnits(const KeySource& source, int t, int warp)
+      : source_(source), count_(source.counters[1]), t_(t), warp_(warp) {
+    draw();
+  }
+  // Reads the unit of the ticket in hand, and draws the next.
+  __device__ __forceinline__ void advance() {
+    if (warp_ == 0) word_ = read();
+    draw();
+  }
+  __device__ __forceinline__ int word() const { return word_; }
+
+ private:
+  __device__ __forceinline__ void draw() {
+    if (t_ == 0) ticket_ = atomicAdd(source_.counters, 1);
+  }
+  __device__ __forceinline__ int read() const {
+    constexpr int kWords = sizeof(Unit) / 4, kRowsWord = offsetof(Unit, rows) / 4;
+    const int lane = threadIdx.x % 32, ticket = __shfl_sync(kAllLanes, ticket_, 0);
+    if (ticket >= count_) return lane == kRowsWord ? 0 : L::kKeys;
+    return reinterpret_cast<const int*>(source_.units + ticket)[min(lane, kWords - 1)];
+  }
+
+  const KeySource& source_;
+  int count_, t_, warp_, ticket_ = 0, word_ = 0;
+};
 
 // Puts unit n of this CTA, by the words of the first warp, into the ring when its stage is free, and asks for its keys:
 // the copy engine, or, where the unit has fewer than kKeys, cp.async. The barrier `full` counts kProducers + 1.
