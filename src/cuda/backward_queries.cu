@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 template <class T, bool kParts>
 auto sum_kernel(int head_dim) {
-  return head_dim <= 64 ? sum_rows<T, 8, kParts> : head_dim <= 128 ? sum_rows<T, 16, kParts> : sum_rows<T, 32, kParts>;
+  return with_lanes(head_dim, [](auto lanes) { return sum_rows<T, lanes(), kParts>; });
 }
 
 }  // namespace

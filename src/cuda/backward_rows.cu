@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 auto value_kernel(int head_dim) {
-  return head_dim <= 64 ? value_rows<T, 8> : head_dim <= 128 ? value_rows<T, 16> : value_rows<T, 32>;
+  return with_lanes(head_dim, [](auto lanes) { return value_rows<T, lanes()>; });
 }
 
 }  // namespace

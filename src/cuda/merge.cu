@@ -116,9 +116,7 @@ __global__ void __launch_bounds__(kThreads, kOnce ? 5 : 4)
 
 template <class T, bool kOnce>
 auto merge_kernel(int head_dim) {
-  return head_dim <= 64    ? merge_rows<T, 8, kOnce>
-         : head_dim <= 128 ? merge_rows<T, 16, kOnce>
-                           : merge_rows<T, 32, kOnce>;
+  return with_lanes(head_dim, [](auto lanes) { return merge_rows<T, lanes(), kOnce>; });
 }
 
 template <class T>
