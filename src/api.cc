@@ -95,7 +95,7 @@ std::vector<Region> regions(const Plan& plan, const Inputs& inputs, unsigned rea
   return all;
 }
 
-// Everything of a selection that forward and select write.
+// Everything of a selection: what forward and select write, and gradients may not overlap.
 std::vector<Region> selection_regions(const Selection& selection) {
   return {{"selection.ids", selection.ids},
           {"selection.counts", selection.counts},
@@ -195,10 +195,7 @@ Call checked_backward(const Plan& plan, const Inputs& inputs, const Selection* s
     read.emplace_back("selection.ids", selection->ids);
   } else if (selection != nullptr) {
     check_selection_transpose(plan.impl(), *selection);
-    read.insert(read.end(), {{"selection.offsets", selection->offsets},
-                             {"selection.rows", selection->rows},
-                             {"selection.ids", selection->ids},
-                             {"selection.counts", selection->counts}});
+    for (const Region& region : selection_regions(*selection)) read.push_back(region);
   }
   const Region written[] = {{"gradients.dq", gradients.dq},
                             {"gradients.dk", gradients.dk},
