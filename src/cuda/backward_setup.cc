@@ -30,7 +30,7 @@ Sections sections_of(const Shape& s, const BackwardSetup& backward) {
   const auto unit_rows = [](std::int64_t rows) {
     return static_cast<int>(std::clamp<std::int64_t>(rows, 1024, 8192) / 64 * 64);
   };
-  return {static_cast<int>(heads), unit_rows(2 * rows_per_sm), unit_rows(rows_per_sm / 2)};
+  return {static_cast<int>(heads), unit_rows(2 * rows_per_sm), std::min(2048, unit_rows(rows_per_sm / 2))};
 }
 
 void take(BackwardSetup& backward, const Shape& shape, const Portion& portion) {

@@ -80,8 +80,7 @@ __device__ __forceinline__ void multiply_queries(const Arguments& arguments, std
         }
       }
     }
-    __syncwarp();
-    ptx::barrier_arrive_if(lane == 0, base + L::kKeyEmpty + stage * 8);
+    ptx::barrier_arrive(base + L::kKeyEmpty + stage * 8);  // every lane, for every lane has read the unit
   }
 }
 
@@ -98,11 +97,11 @@ __global__ void __launch_bounds__(Layout<d>::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
       ptx::barrier_init(base + L::kKeyFull + i * 8, kProducers + 1);
-      ptx::barrier_init(base + L::kKeyEmpty + i * 8, kKeyWarps + kQueryWarps);
+      ptx::barrier_init(base + L::kKeyEmpty + i * 8, (kKeyWarps + kQueryWarps) * 32);
     }
     for (int i = 0; i < L::kQStages; ++i) {
       ptx::barrier_init(base + L::kQFull + i * 8, kProducers);
-      ptx::barrier_init(base + L::kQEmpty + i * 8, kKeyWarps);
+      ptx::barrier_init(base + L::kQEmpty + i * 8, kKeyWarps * 32);
     }
     for (int i = 0; i < L::kDOStages; ++i) {
       ptx::barrier_init(base + L::kDOFull + i * 8, kProducers);

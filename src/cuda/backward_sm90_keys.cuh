@@ -167,10 +167,9 @@ __device__ __forceinline__ void issue_sum(float (&sum)[n], const std::uint32_t (
 }
 
 // Order of a tile t: dV(t), dP(t); wait; dS(t); S(t + 1), dK(t); dS(t) to shared memory; wait for S(t + 1); P(t + 1)
-// under dK(t). The next tile may be of the next unit, whose keys are in the other stage already. The sums of a unit are
-// stored under products that do without them: dV under dK of its last tile, dK under the first dV of the next unit. No
-// product is in flight at a loop's head: ptxas serialises all of them if a loop carries one over. The first tiles of a
-// unit whose rows see none of the group's keys take no part: dS is 0.
+// under dK(t). The next tile may be of the next unit, whose keys are in the other stage already. No product is in
+// flight at a loop's head: ptxas serialises all of them if a loop carries one over. The first tiles of a unit whose
+// rows see none of the group's keys take no part: dS is 0.
 template <class T, int d>
 __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::uint32_t base, const Unit* ring,
                                               int group) {
@@ -203,11 +202,11 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
   Stage<L::kDOStages> dout(0);
   int ds_parity = 1;
   const auto values = [&](int stage) { return base + L::kValues + stage * L::kValueBytes + c * 8; };
-  const auto issue_scores = [&] {
-    issue_transposed<T, d>(s, group_keys + (n & 1) * (L::kKeyStage / 16), q_rows + q.number * (L::kTileBytes / 16));
+  const auto issue_scores = [&](int q_stage) {
+    issue_transposed<T, d>(s, group_keys + (n & 1) * (L::kKeyStage / 16), q_rows + q_stage * (L::kTileBytes / 16));
   };
-  const auto finish_weights = [&] {
-    weigh(s, arguments.factor, values(q.number));
+  const auto finish_weights = [&](int q_stage) {
+    weigh(s, arguments.factor, values(q_stage));
     if (tile * kTileRows < mask_rows) mask_weights(s, arguments, ring[n & 1], key, tile * kTileRows + 2 * c);
   };
   const auto pack_weights = [&] {
@@ -226,23 +225,20 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
     __syncwarp();
     ptx::barrier_arrive_if(lane == 0, base + L::kDSFull);
   };
-  // Those of unit n - 1. With its dK the group is done with the unit, but for what it copies of it.
-  const auto store_dv = [&] {
-    ptx::pin(dv);
-    store_sum<Sum::dv, T, d>(arguments, ring[(n - 1) & 1], key, dv);
-  };
-  const auto store_dk = [&] {
-    ptx::pin(dk);
+  // Unit n - 1 has ended. Every lane arrives, for every lane has read the unit.
+  const auto finish_unit = [&] {
     const Unit unit = ring[(n - 1) & 1];
-    __syncwarp();
-    ptx::barrier_arrive_if(lane == 0, base + L::kKeyEmpty + ((n - 1) & 1) * 8);
+    ptx::barrier_arrive(base + L::kKeyEmpty + ((n - 1) & 1) * 8);
+    ptx::pin(dk);
+    ptx::pin(dv);
     store_sum<Sum::dk, T, d>(arguments, unit, key, dk);
+    store_sum<Sum::dv, T, d>(arguments, unit, key, dv);
   };
   const auto pass_tile = [&] {
     ptx::barrier_wait(base + L::kQFull + q.number * 8, q.parity);
     ptx::barrier_wait(base + L::kDOFull + dout.number * 8, dout.parity);
     __syncwarp();  // all lanes have seen both
-    ptx::barrier_arrive_if(lane == 0, base + L::kQEmpty + q.number * 8);
+    ptx::barrier_arrive(base + L::kQEmpty + q.number * 8);
     ptx::barrier_arrive_if(lane == 0, base + L::kDOEmpty + dout.number * 8);
     q.next();
     dout.next();
@@ -255,12 +251,12 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
   const auto work = [&] {
     ptx::barrier_wait(base + L::kQFull + q.number * 8, q.parity);
     ptx::fence_async_proxy();
-    issue_scores();
+    issue_scores(q.number);
     ptx::wgmma_wait<0>();
     ptx::pin(s);
-    finish_weights();
+    finish_weights(q.number);
     pack_weights();
-    bool goes_on, unit_ended = false;  // goes on with the next tile; unit n - 1 has just ended
+    bool goes_on;  // with the next tile
     do {
       const int q_stage = q.number, dout_stage = dout.number;
       const bool accumulate = tile > blind_tiles;
@@ -269,31 +265,30 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
       issue_sum<T>(dv, p, dout_columns + dout_stage * (L::kTileBytes / 16), accumulate);
       issue_transposed<T, d>(s, group_keys + (n & 1) * (L::kKeyStage / 16) + L::kKeyBytes / 16,
                              dout_rows + dout_stage * (L::kTileBytes / 16));
-      if (unit_ended) store_dk();
       q.next();
       dout.next();
       if (++tile == tiles) {
         tile = 0, ++n;
         wait_unit();
       }
-      unit_ended = tile == 0;
       goes_on = tile > 0 || (tiles > 0 && blind_tiles == 0);
       ptx::wgmma_wait<0>();
       ptx::pin(s);
       ptx::barrier_arrive_if(lane == 0, base + L::kDOEmpty + dout_stage * 8);
       slopes<T>(ds, p, s, values(q_stage) + kTileRows * 4);
       if (goes_on) ptx::barrier_wait(base + L::kQFull + q.number * 8, q.parity);
+      const int next_stage = goes_on ? q.number : q_stage;  // where it does not go on, weights that nobody reads
       ptx::fence_async_proxy();
-      issue_scores();  // where it does not go on a product that nobody reads
+      issue_scores(next_stage);
       issue_sum<T>(dk, ds, q_columns + q_stage * (L::kTileBytes / 16), accumulate);
       store_slopes();
-      if (unit_ended) store_dv();
       ptx::wgmma_wait<1>();
       ptx::pin(s);
-      finish_weights();
+      finish_weights(next_stage);
       ptx::wgmma_wait<0>();
-      pack_weights();  // into the registers that dV read
-      ptx::barrier_arrive_if(lane == 0, base + L::kQEmpty + q_stage * 8);
+      pack_weights();                                        // into the registers that dV read
+      ptx::barrier_arrive(base + L::kQEmpty + q_stage * 8);  // every lane, for every lane has read the values
+      if (tile == 0) finish_unit();
     } while (goes_on);
   };
   // A unit whose rows see none of the group's keys.
@@ -301,7 +296,7 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
 #pragma unroll
     for (int i = 0; i < d / 2; ++i) dk[i] = dv[i] = 0;
     ++n;
-    store_dv();
+    finish_unit();
     tile = 0;
     wait_unit();
   };
@@ -314,7 +309,6 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
     } else {
       leave_out();
     }
-    store_dk();
   }
 }
 

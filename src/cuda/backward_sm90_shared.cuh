@@ -6,9 +6,9 @@
 //   kValues  lse [64] and delta [64] of the rows of each tile of Q
 //   kRing    the units of the two stages
 //   kKey...  barriers of the stages of K, V and Unit. full: the producers and the copy engine -> all others;
-//            empty: each of their 12 warps -> the producers
+//            empty: all other threads -> the producers
 //   kQ...    of the tiles of Q and their values, kDO... of those of dO. full: the producers -> the key warpgroups;
-//            empty: their 8 warps -> the producers
+//            empty: their threads (dO: their 8 warps) -> the producers
 //   kDS...   of dS. full: the 8 warps of the key warpgroups -> the dQ warpgroup; empty: its 4 warps -> them
 #pragma once
 
