@@ -36,7 +36,6 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
   };
 
   DrawnUnits<L> drawn(arguments.keys, t, warp);
-  drawn.advance();
   take_unit<L>(k_map, v_map, arguments.keys, base, ring, 0, drawn.word());
   if (ring[0].rows == 0) return;
   std::uint32_t now[2] = {units_of(load(ring[0], 0)), units_of(load(ring[0], 2 * kTileRows))};

@@ -27,10 +27,10 @@ Sections sections_of(const Shape& s, const BackwardSetup& backward) {
       kSectionBytes / std::max<std::int64_t>(1, 4 * head_rows * s.head_dim), 1, backward.slab_heads);
   const std::int64_t lists_of_row = std::int64_t{backward.parts} * (backward.dense ? 1 : s.slots);
   const std::int64_t rows_per_sm = heads * head_rows * lists_of_row / s.sm_count;
-  const auto unit_rows = [](std::int64_t rows) {
-    return static_cast<int>(std::clamp<std::int64_t>(rows, 1024, 8192) / 64 * 64);
+  const auto unit_rows = [](std::int64_t rows, std::int64_t most) {
+    return static_cast<int>(std::clamp<std::int64_t>(rows, 1024, most) / 64 * 64);
   };
-  return {static_cast<int>(heads), unit_rows(2 * rows_per_sm), std::min(2048, unit_rows(rows_per_sm / 2))};
+  return {static_cast<int>(heads), unit_rows(2 * rows_per_sm, 8192), unit_rows(rows_per_sm / 2, 2048)};
 }
 
 void take(BackwardSetup& backward, const Shape& shape, const Portion& portion) {

@@ -49,7 +49,6 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
   };
 
   DrawnUnits<L> drawn(arguments.keys, t, warp);
-  drawn.advance();
   take_unit<L>(k_map, v_map, arguments.keys, base, ring, 0, drawn.word());
   Stage<L::kQStages> q(1);
   Stage<L::kDOStages> dout(1);

@@ -65,12 +65,14 @@ class DrawnUnits {
   __device__ __forceinline__ DrawnUnits(const KeySource& source, int t, int warp)
       : source_(source), count_(source.counters[1]), t_(t), warp_(warp) {
     draw();
+    advance();
   }
   // Reads the unit of the ticket in hand, and draws the next.
   __device__ __forceinline__ void advance() {
     if (warp_ == 0) word_ = read();
     draw();
   }
+  // Of the unit read last, at first the first.
   __device__ __forceinline__ int word() const { return word_; }
 
  private:
