@@ -135,7 +135,7 @@ void add_execution_options(CLI::App& app, Options& options) {
         options.workspace_limit = static_cast<std::size_t>(parse_bytes("--workspace-limit", x));
       },
       "SIZE",
-      "cuda: at most so much workspace, e.g. 512M (default: 2G, for backward 1.375G, beyond rotated q and k and "
+      "cuda: at most so much workspace, e.g. 512M (default: 2G, for backward 1.375G to 2G, beyond rotated q and k and "
       "centroids)")
       ->group(kExecutionGroup);
 }

@@ -54,11 +54,12 @@ struct Options {
   // cuda: the device, as cudaSetDevice counts; the kernel family, "sm90" (Hopper) or "portable" (compute capability 8.0
   // and later), empty for the best that the device has; a step that sm90 has no kernel for (gate, from top_k 18 on)
   // takes the portable one. And how many bytes workspace_bytes() and backward_workspace_bytes() may come to at most; 0
-  // for 2 GiB and 1.375 GiB beyond what rope and centroids take, more only where a plan cannot do with less (many short
-  // sequences) or backward needs sums of dk and dv over slabs of tokens (very long sequences): 8 bytes for each element
-  // of k of one key head, and 1 to 2 GiB beside them. Less memory means more and shorter passes over heads, queries and
-  // keys; out and lse are the same bits, where v is finite, gradients may differ in the last. Backward is refused where
-  // it cannot do with so little; backward_workspace_bytes() then is what it needs.
+  // for 2 GiB, and for backward for as much as q, k, v and out take, 1.375 to 2 GiB, beyond what rope and centroids
+  // take; more only where a plan cannot do with less (many short sequences) or backward needs sums of dk and dv over
+  // slabs of tokens (very long sequences): 8 bytes for each element of k of one key head, and 1 to 2 GiB beside them.
+  // Less memory means more and shorter passes over heads, queries and keys; out and lse are the same bits, where v is
+  // finite, gradients may differ in the last. Backward is refused where it cannot do with so little;
+  // backward_workspace_bytes() then is what it needs.
   int cuda_device = 0;
   std::string cuda_kernels;
   std::size_t workspace_limit = 0;

@@ -30,7 +30,8 @@ Sections sections_of(const Shape& s, const BackwardSetup& backward) {
   const auto unit_rows = [](std::int64_t rows, std::int64_t most) {
     return static_cast<int>(std::clamp<std::int64_t>(rows, 1024, most) / 64 * 64);
   };
-  return {static_cast<int>(heads), unit_rows(2 * rows_per_sm, 8192), unit_rows(rows_per_sm / 2, 2048)};
+  return {static_cast<int>(heads), unit_rows(2 * rows_per_sm, 8192),
+          unit_rows(rows_per_sm / 2, backward.last_most_rows)};
 }
 
 void take(BackwardSetup& backward, const Shape& shape, const Portion& portion) {
@@ -170,6 +171,8 @@ std::size_t prepare_backward(Setup& setup, const Plan::Impl& plan, bool sm90, st
   BackwardSetup& chosen = setup.chosen_backward;
   BackwardSetup& dense = setup.dense_backward;
   chosen.part_keys = dense.part_keys = sm90 ? kSm90PartKeys : portable_part_keys(s.head_dim);
+  // Two CTAs of the portable kernel share a multiprocessor: a row takes each of them twice as long.
+  chosen.last_most_rows = dense.last_most_rows = sm90 ? 4096 : 2048;
   chosen.all_parts =
       static_cast<int>(ceil_div(std::min<std::int64_t>(s.block_size, longest), std::int64_t{chosen.part_keys}));
   dense.all_parts = static_cast<int>(ceil_div(longest, std::int64_t{dense.part_keys}));

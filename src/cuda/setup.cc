@@ -12,12 +12,20 @@ namespace moba::cuda {
 namespace {
 
 constexpr std::size_t kDefaultScratch = std::size_t{2} << 30;
-constexpr std::size_t kDefaultBackward = std::size_t{1408} << 20;  // with the selection 1.5 GiB for 64K x 16 heads
-constexpr std::size_t kSmallIndex = std::size_t{256} << 20;        // every plan has so much: index() cannot take less
+constexpr std::size_t kLeastBackward = std::size_t{1408} << 20;  // with the selection 1.5 GiB for 64K x 16 heads
+constexpr std::size_t kSmallIndex = std::size_t{256} << 20;      // every plan has so much: index() cannot take less
 constexpr std::int64_t kMaxInt = std::numeric_limits<std::int32_t>::max();
 constexpr std::int64_t kMaxEntries = kMaxInt + 1 - (1 << 16);  // of a key head: kernels round their number up
 constexpr std::int64_t kMaxGrid = 65535;                       // a head is a y of a grid
 const char* const kElse = " on cuda; the cpu backend takes others";
+
+// Scratch of backward where the caller sets no limit: as much as q, k, v and out take, within bounds.
+std::size_t default_backward(const Shape& s) {
+  constexpr std::int64_t kElementBytes = 2;
+  const std::int64_t q = std::int64_t{s.total_q} * s.q_heads, k = std::int64_t{s.total_k} * s.kv_heads;
+  const std::int64_t bytes = 2 * (q + k) * s.head_dim * kElementBytes;
+  return std::clamp(static_cast<std::size_t>(bytes), kLeastBackward, kDefaultScratch);
+}
 
 void check_problem(const Plan::Impl& plan) {
   const Problem& p = plan.problem;
@@ -214,8 +222,8 @@ void prepare(Plan::Impl& plan, const DeviceLimits& device) {
 
   const std::size_t outside_backward = kAlignment + plan.q_rotated_bytes + plan.k_rotated_bytes;
   const bool sm90 = setup.attend != AttendKernel::portable;
-  plan.backward_scratch_bytes =
-      aligned(prepare_backward(setup, plan, sm90, limit > 0 ? limit - outside_backward : kDefaultBackward));
+  const std::size_t most_backward = limit > 0 ? limit - outside_backward : default_backward(setup.shape);
+  plan.backward_scratch_bytes = aligned(prepare_backward(setup, plan, sm90, most_backward));
   const std::size_t backward = outside_backward + plan.backward_scratch_bytes;
   plan.backward_workspace_limit = limit > 0 && backward > limit ? backward : 0;
   plan.cuda = made;

@@ -27,6 +27,7 @@ enum class BackwardKernel : std::uint8_t { sm90, portable };
 struct BackwardSetup {
   bool dense = false;
   int part_keys = 64;
+  int last_most_rows = 2048;            // bound of Sections::last_most_rows
   int all_parts = 1, parts = 1;         // of the longest block (dense: sequence); at a time
   int slab_heads = 1, slab_tokens = 1;  // largest slab
   Sections sections;

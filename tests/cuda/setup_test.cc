@@ -151,6 +151,17 @@ TEST(CudaSetup, WorkspacesStayWithinTheirLimit) {
   }
 }
 
+TEST(CudaSetup, BackwardTakesAsMuchAsItsInputs) {
+  const auto scratch = [](std::int64_t tokens) {
+    return backward_workspace_of(planned(problem_of(tokens, 16, 16, 128, {.block_size = 128, .top_k = 8}), kH200));
+  };
+  const auto inputs = [](std::int64_t tokens) { return static_cast<std::size_t>(tokens) * 16 * 128 * 2 * 4; };
+  EXPECT_LE(scratch(65536), 1409 * kMiB);
+  EXPECT_LE(scratch(98304), inputs(98304) + kMiB);
+  EXPECT_GT(scratch(131072), 1409 * kMiB);
+  EXPECT_LE(scratch(262144), 2049 * kMiB);
+}
+
 // What index() takes grows with tokens * blocks; a plan that is short of it serves all else.
 TEST(CudaSetup, HugeIndexesAreLeftOut) {
   const std::vector<Problem> problems{
