@@ -28,6 +28,7 @@
 #include "cuda/lanes.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tensor_map.h"
@@ -227,6 +228,7 @@ __global__ void __launch_bounds__(Layout<d, kKeys>::kThreads, 1)
     }
     ptx::fence_barrier_init();
   }
+  ptx::start_behind_previous();
   __syncthreads();
   if (warpgroup == L::kConsumers) {
     ptx::lower_registers<L::kProducerRegisters>();
@@ -256,8 +258,8 @@ void launch_attend(const Shape& shape, const AttendInput& input, const Arguments
   const auto map = [&](const View<const void>& view) {
     return tensor_map_3d(shape.dtype, view, d, shape.kv_heads, shape.total_k, kKeys);
   };
-  launch(attend_resident<T, d, kKeys>, dim3(static_cast<unsigned>(shape.sm_count)), L::kThreads, L::kBytes, stream,
-         map(input.k), map(input.v), arguments);
+  launch(Start::early, attend_resident<T, d, kKeys>, dim3(static_cast<unsigned>(shape.sm_count)), L::kThreads,
+         L::kBytes, stream, map(input.k), map(input.v), arguments);
 }
 
 template <class T>

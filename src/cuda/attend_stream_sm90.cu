@@ -30,6 +30,7 @@
 #include "cuda/lanes.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tensor_map.h"
@@ -179,6 +180,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     control.tiles_loaded = 0;
     ptx::fence_barrier_init();
   }
+  ptx::start_behind_previous();
   __syncthreads();
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);  // uniform, and known to be
   if (warp < kConsumerWarps) {
@@ -204,8 +206,8 @@ void launch_attend(const Shape& shape, const AttendInput& input, const Arguments
   const auto map = [&](const View<const void>& view) {
     return tensor_map_3d(shape.dtype, view, d, shape.kv_heads, shape.total_k, kTileKeys);
   };
-  launch(attend_stream_kernel<T, d>, dim3(static_cast<unsigned>(shape.sm_count)), kThreads, kSharedBytes<d>, stream,
-         map(input.k), map(input.v), arguments);
+  launch(Start::early, attend_stream_kernel<T, d>, dim3(static_cast<unsigned>(shape.sm_count)), kThreads,
+         kSharedBytes<d>, stream, map(input.k), map(input.v), arguments);
 }
 
 }  // namespace

@@ -151,6 +151,7 @@ __device__ __forceinline__ void sum_row(const Rows& rows, const Pass& pass, cons
 template <class T, int kGroup, bool kParts>
 __global__ void __launch_bounds__(kThreads, 4)
     sum_rows(Rows rows, Pass pass, Batch batch, QuerySums sums, View<void> dq) {
+  ptx::let_next_start();
   sum_row<T, kGroup, kParts>(rows, pass, batch, sums, dq);
   ptx::end_behind_previous();
 }

@@ -43,6 +43,7 @@ __device__ __forceinline__ float row_dot(const uint4& a, const uint4& b) {
 template <class T, int kGroup>
 __global__ void __launch_bounds__(kThreads)
     value_rows(Rows slab, View<const void> out, View<const void> dout, View<const void> lse, RowValues values) {
+  ptx::let_next_start();
   // 32 bits: a tensor spans up to 64 GiB, and a row of it 64 bytes or more.
   const int i = static_cast<int>(blockIdx.x * (kThreads / kGroup) + threadIdx.x / kGroup);
   const int lane = static_cast<int>(threadIdx.x) % kGroup;

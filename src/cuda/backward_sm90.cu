@@ -27,6 +27,7 @@
 #include "cuda/lanes.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tensor_map.h"
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(Layout<d>::kThreads, 1)
     ptx::barrier_init(base + L::kDSEmpty, kQueryWarps);
     ptx::fence_barrier_init();
   }
+  ptx::start_behind_previous();
   __syncthreads();
   if (warpgroup == 3) {
     ptx::lower_registers<L::kProducerRegisters>();
@@ -154,8 +156,8 @@ void launch_backward(const Shape& shape, const BackwardInput& input, const Argum
   const auto map = [&](const View<const void>& view) {
     return tensor_map_3d(shape.dtype, view, d, shape.kv_heads, shape.total_k, L::kKeys);
   };
-  launch(backward_units<T, d>, dim3(static_cast<unsigned>(shape.sm_count)), L::kThreads, L::kBytes, stream,
-         map(input.k), map(input.v), arguments);
+  launch(Start::early, backward_units<T, d>, dim3(static_cast<unsigned>(shape.sm_count)), L::kThreads, L::kBytes,
+         stream, map(input.k), map(input.v), arguments);
 }
 
 template <class T>

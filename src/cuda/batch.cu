@@ -3,6 +3,7 @@
 #include "cuda/batch.cuh"
 #include "cuda/contract.h"
 #include "cuda/launch.h"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/scan.cuh"
 
 namespace moba::cuda {
@@ -58,6 +59,7 @@ __device__ __forceinline__ DeviceBlock block_of(const DeviceSequence* sequences,
 // Up to kThreads sequences; a thread a block.
 __global__ void __launch_bounds__(kThreads) list_all(Table q, Table k, bool from_zero, int batch, int block_size,
                                                      int max_blocks, DeviceSequence* sequences, DeviceBlock* blocks) {
+  ptx::let_next_start();
   __shared__ int scratch[kScanScratch];
   __shared__ DeviceSequence all[kThreads];
   const int s = static_cast<int>(threadIdx.x);
@@ -99,6 +101,7 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kBlockThreads)
     list_blocks(const DeviceSequence* sequences, int batch, int block_size, int max_blocks, DeviceBlock* blocks) {
+  ptx::let_next_start();
   const int number = static_cast<int>(blockIdx.x) * kBlockThreads + static_cast<int>(threadIdx.x);
   if (number < max_blocks) blocks[number] = block_of(sequences, batch, block_size, number);
 }

@@ -186,9 +186,9 @@ struct BackwardOutput {
   KeyTotals totals;          // added to in their place, if there are any
 };
 
-// When a kernel starts: behind all that is in the stream, or, where the device can, beside the kernel before it
-// (launch.h).
-enum class Start : std::uint8_t { behind, beside };
+// When a kernel starts: behind all that is in the stream, or, where the device can, while the kernel before it ends or
+// beside it (launch.h).
+enum class Start : std::uint8_t { behind, early, beside };
 
 // ---- Setup ----
 

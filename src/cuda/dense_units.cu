@@ -4,6 +4,7 @@
 
 #include "cuda/contract.h"
 #include "cuda/lanes.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/unit_lists.cuh"
 
 namespace moba::cuda {
@@ -66,6 +67,7 @@ __device__ __forceinline__ void for_each_dense_unit(const Dense& dense, const Ba
 // A CTA a key head. Heads go in sections whose keys and values fit in L2 together; in a section the units with the most
 // keys come first, each for all its heads.
 __global__ void __launch_bounds__(kThreads) cut_sequences(Dense dense, Batch batch, UnitList list) {
+  ptx::start_behind_previous();
   __shared__ int counts[kClasses], next[kClasses], longest, units;
   const int head = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   if (thread < kClasses) counts[thread] = 0;
@@ -175,7 +177,7 @@ void list_dense_units(const Shape& shape, Batch batch, int rows_per_unit, const 
                     heads,
                     shape.causal,
                     dense_unit_capacity(shape, rows_per_unit)};
-  launch(cut_sequences, dim3(shape.kv_heads), kThreads, 0, stream, dense, batch, list);
+  launch(Start::early, cut_sequences, dim3(shape.kv_heads), kThreads, 0, stream, dense, batch, list);
 }
 
 void list_dense_backward_units(Start start, const Shape& shape, Slab slab, Batch batch, const Pass& pass,

@@ -40,6 +40,7 @@
 #include "cuda/launch.h"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/swizzle.cuh"
@@ -231,6 +232,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
     ptx::fence_barrier_init();
   }
+  ptx::start_behind_previous();
   __syncthreads();
   if (group == C::kConsumers) {
     ptx::lower_registers<C::kProducerRegisters>();
@@ -255,8 +257,8 @@ void launch_gate(const Maps& maps, Arguments a, cudaStream_t stream) {
   using C = Config<d, capacity, lowest_rank, highest_rank>;
   a.tiles = (a.rows - 1) / C::kRows + 1;
   a.items = a.tiles * a.slab.heads;
-  launch(gate_kernel<T, C>, dim3(std::min(a.shape.sm_count, a.items)), C::kThreads, C::kSharedBytes, stream,
-         maps.queries, maps.centroids, a);
+  launch(Start::early, gate_kernel<T, C>, dim3(std::min(a.shape.sm_count, a.items)), C::kThreads, C::kSharedBytes,
+         stream, maps.queries, maps.centroids, a);
 }
 
 template <class T, int d>

@@ -15,6 +15,7 @@
 #include "cuda/index_place.cuh"
 #include "cuda/lanes.cuh"
 #include "cuda/launch.h"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/row_ids.cuh"
 #include "cuda/scan.cuh"
 
@@ -29,6 +30,7 @@ constexpr int kCountThreads = 512;
 // Grid: (tiles, heads). Shared memory: counts of kSegmentsAtOnce segments (or of all, if fewer), marks of all.
 __global__ void __launch_bounds__(kCountThreads, 2)
     count_ids(Sizes sizes, Batch batch, IdsView<const std::int32_t> ids, CountsView counts, IndexScratch scratch) {
+  ptx::start_behind_previous();
   constexpr int kChunk = 8, kRows = kTile / kCountThreads;
   extern __shared__ int count_of[];
   const int at_once = min(sizes.segments, kSegmentsAtOnce), thread = static_cast<int>(threadIdx.x);
@@ -134,6 +136,7 @@ __device__ void scan_lists(const std::int32_t* sums, std::int64_t lists, std::in
 // 32 blocks by 32 runs of tiles; grid: (blocks / 32, heads).
 __global__ void __launch_bounds__(1024)
     scan_tiles(Sizes sizes, IndexScratch scratch, const std::int64_t* offsets_begin, std::int64_t* offsets) {
+  ptx::start_behind_previous();
   constexpr int kAtOnce = 8;
   __shared__ int run_sum[32][33];
   const int lane = static_cast<int>(threadIdx.x) % 32, run = static_cast<int>(threadIdx.x) / 32;
@@ -237,8 +240,8 @@ void launch_place_rows(const Sizes& sizes, int heads, const Batch& batch, const 
     for (const auto most = static_cast<std::size_t>(most_shared_memory()); bytes() + kReserve > most;)
       window = window / 64 * 32;
   }
-  launch(place_rows<kIds, kThreads, kStaged>, dim3(sizes.tiles, heads), kThreads, bytes(), stream, sizes, window, batch,
-         ids, index, scratch);
+  launch(Start::early, place_rows<kIds, kThreads, kStaged>, dim3(sizes.tiles, heads), kThreads, bytes(), stream, sizes,
+         window, batch, ids, index, scratch);
 }
 
 }  // namespace
@@ -254,10 +257,10 @@ void index(const Shape& shape, Slab slab, Batch batch, IdsView<const std::int32_
   const std::size_t count_bytes =
       sizeof(int) * kSegment * static_cast<std::size_t>(std::min(sizes.segments, kSegmentsAtOnce)) +
       static_cast<std::size_t>(sizes.segments);
-  launch(count_ids, dim3(sizes.tiles, slab.heads), kCountThreads, count_bytes, stream, sizes, batch, ids, counts,
-         parts);
-  launch(scan_tiles, dim3(std::max(1, divide_up(sizes.max_blocks, 32)), slab.heads), 1024, 0, stream, sizes, parts,
-         offsets_begin, index.offsets);
+  launch(Start::early, count_ids, dim3(sizes.tiles, slab.heads), kCountThreads, count_bytes, stream, sizes, batch, ids,
+         counts, parts);
+  launch(Start::early, scan_tiles, dim3(std::max(1, divide_up(sizes.max_blocks, 32)), slab.heads), 1024, 0, stream,
+         sizes, parts, offsets_begin, index.offsets);
   // Each window costs barriers and a look at every id: many blocks want wide ones, at one CTA an SM.
   const auto place = sizes.slots > 16          ? launch_place_rows<8, 1024, false>
                      : sizes.slots > 8         ? launch_place_rows<16, 1024, true>

@@ -6,6 +6,7 @@
 #include "cuda/contract.h"
 #include "cuda/lanes.cuh"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/row_ids.cuh"
 #include "cuda/scan.cuh"
 
@@ -74,6 +75,7 @@ template <int kIds, int kThreads, bool kStaged>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     place_rows(Sizes sizes, int window, Batch batch, IdsView<const std::int32_t> ids, Index index,
                IndexScratch scratch) {
+  ptx::start_behind_previous();
   constexpr int kRows = kTile / kThreads, kWarps = kThreads / 32;
   constexpr int kPlaced = 1 << 30;  // with it an id is replaced by its place << kBlockBits | block in the window
   extern __shared__ int4 memory[];

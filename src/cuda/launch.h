@@ -51,9 +51,9 @@ void allow_shared_memory(Kernel kernel) {
                                  most_shared_memory() - static_cast<int>(attributes.sharedSizeBytes)));
 }
 
-// Whether the kernel's code is of a kind that has ptx::end_behind_previous().
+// Whether the kernel's code is of a kind that has ptx::start_behind_previous() and ptx::end_behind_previous().
 template <class Kernel>
-bool can_run_beside(Kernel kernel) {
+bool can_start_early(Kernel kernel) {
   cudaFuncAttributes attributes;
   MOBA_CUDA(cudaFuncGetAttributes(&attributes, kernel));
   return attributes.ptxVersion >= 90;
@@ -62,10 +62,13 @@ bool can_run_beside(Kernel kernel) {
 // Launches kernel<<<grid, threads, shared_bytes, stream>>>(arguments...). What fails is told by what the launch itself
 // returns: cudaGetLastError() would also give errors that the caller left behind.
 //
-// Start::beside: from ptx::let_next_start() of the kernel before it on. Of two such kernels neither touches what the
-// other writes, and the later calls ptx::end_behind_previous(), so that who waits for it has waited for both. Where
-// what is before it in the stream is no kernel, or a kernel that lets none start, that may be done without being
-// visible yet.
+// Start::early and Start::beside: from ptx::let_next_start() of the kernel before it on. A kernel that starts early
+// begins with ptx::start_behind_previous(): only its launch is hidden. Of two that run beside one another neither
+// touches what the other writes; the earlier is launched behind all, so that what was before is visible to both, and
+// the later calls ptx::end_behind_previous(), so that who waits for it has waited for both.
+//
+// Two kinds of kernels lose by starting early, as measured on an H200 at 64K tokens, and are launched behind all: merge
+// (forward takes 5 % longer) and those of which two CTAs stay on each multiprocessor (portable attend: 10 %).
 template <class... Parameters, class... Arguments>
 void launch(Start start, void (*kernel)(Parameters...), const Grid& grid, int threads, std::size_t shared_bytes,
             cudaStream_t stream, const Arguments&... arguments) {
@@ -76,10 +79,10 @@ void launch(Start start, void (*kernel)(Parameters...), const Grid& grid, int th
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute beside;
-  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  beside.val.programmaticStreamSerializationAllowed = 1;
-  if (start == Start::beside && can_run_beside(kernel)) config.attrs = &beside, config.numAttrs = 1;
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  if (start != Start::behind && can_start_early(kernel)) config.attrs = &early, config.numAttrs = 1;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) {
     fail(error, "the launch of a kernel", grid.at.file_name(), static_cast<int>(grid.at.line()));

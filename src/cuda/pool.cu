@@ -9,6 +9,7 @@
 #include "cuda/divide.cuh"
 #include "cuda/launch.h"
 #include "cuda/pool.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/math.cuh"
 
 namespace moba::cuda {
@@ -46,6 +47,7 @@ __device__ __forceinline__ void sum_keys(float (&sum)[8], const View<const void>
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads)
     pool_blocks(Layout layout, const DeviceBlock* blocks, View<const void> k, View<void> centroids) {
+  ptx::start_behind_previous();
   extern __shared__ float4 sums[];  // [items][groups][2][lanes]
   const int thread = static_cast<int>(threadIdx.x), lane = thread % layout.lanes, slice = thread / layout.lanes;
   const int group = slice % layout.groups, item_in_cta = slice / layout.groups;
@@ -113,8 +115,8 @@ void pool(const Shape& shape, Batch batch, View<const void> k, View<void> centro
   const int threads = (items * groups * lanes + 31) / 32 * 32;
   const std::size_t shared_bytes = groups > 1 ? sizeof(float4) * 2 * items * groups * lanes : 0;
   const dim3 grid(static_cast<unsigned>((layout.all_items + items - 1) / items));
-  launch(shape.dtype == DType::bf16 ? pool_blocks<__nv_bfloat16> : pool_blocks<__half>, grid, threads, shared_bytes,
-         stream, layout, batch.blocks, k, centroids);
+  launch(Start::early, shape.dtype == DType::bf16 ? pool_blocks<__nv_bfloat16> : pool_blocks<__half>, grid, threads,
+         shared_bytes, stream, layout, batch.blocks, k, centroids);
 }
 
 }  // namespace moba::cuda

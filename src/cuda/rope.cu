@@ -15,6 +15,7 @@
 #include "cuda/divide.cuh"
 #include "cuda/launch.h"
 #include "cuda/pool.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/rotate.cuh"
 
 namespace moba::cuda {
@@ -123,6 +124,7 @@ struct Memory {
 };
 
 __global__ void __launch_bounds__(kThreads) fill_steps(const __grid_constant__ RopeParameters rope, double2* steps) {
+  ptx::let_next_start();
   const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x), offset = i / rope.pairs;
   if (offset < kRun) steps[i] = cos_sin(__dmul_rn(offset, rope.frequency[i - offset * rope.pairs]));
 }
@@ -173,6 +175,7 @@ template <class T, bool kInterleaved, bool kPool>
 __global__ void __launch_bounds__(kPool ? kMaxThreads : kThreads, kPool ? 1 : 3)
     rotate_tokens(const __grid_constant__ RopeParameters rope, Layout layout, Source source, Batch batch,
                   View<void> centroids) {
+  ptx::start_behind_previous();
   constexpr int kBatch = kPool ? 2 : 1;  // tokens under way a thread: with pooling two CTAs share an SM, else three
   extern __shared__ double2 memory[];
   const int pairs = rope.pairs, rotated_lanes = pairs / 8;
@@ -332,8 +335,9 @@ void launch_rotate(const RopeParameters& rope, const Layout& layout, const Sourc
                    const View<void>& centroids, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((source.slices + layout.slices - 1) / layout.slices),
                   divide_up(layout.all_heads, layout.heads));
-  launch(rotate_tokens<T, kInterleaved, kPool>, grid, divide_up(layout.slices * layout.heads * layout.lanes, 32) * 32,
-         Memory::bytes(layout, rope.pairs, kPool), stream, rope, layout, source, batch, centroids);
+  launch(Start::early, rotate_tokens<T, kInterleaved, kPool>, grid,
+         divide_up(layout.slices * layout.heads * layout.lanes, 32) * 32, Memory::bytes(layout, rope.pairs, kPool),
+         stream, rope, layout, source, batch, centroids);
 }
 
 template <class T>

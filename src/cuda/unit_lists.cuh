@@ -95,8 +95,8 @@ __device__ __forceinline__ int first_share(const ShareList& list, const Unit& wh
 // Grid: (parts of the lists, heads). `row_ids` as in piece_of.
 template <class Lists>
 __global__ void __launch_bounds__(kThreads, 1)
-    cut_lists(Lists lists, const std::int32_t* row_ids, UnitList list, ShareList share_list) {
-  ptx::let_next_start();
+    cut_lists(Start start, Lists lists, const std::int32_t* row_ids, UnitList list, ShareList share_list) {
+  start == Start::early ? ptx::start_behind_previous() : ptx::let_next_start();
   __shared__ int counts[kClasses], mine[kClasses], next[kClasses], units_before, units_behind;
   const int head = static_cast<int>(blockIdx.y), thread = static_cast<int>(threadIdx.x);
   const int n = lists.count, per_part = (n + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
@@ -228,8 +228,8 @@ void launch_cut(Start start, const Lists& lists, int sm_count, const std::int32_
                 const ShareList& shares, cudaStream_t stream) {
   const int wanted = divide_up(lists.count, kListsPerCta);
   const int parts = std::clamp(wanted, 1, std::max(1, 2 * sm_count / std::max(1, lists.heads)));
-  launch(start, cut_lists<Lists>, dim3(parts, std::max(1, lists.heads)), kThreads, 0, stream, lists, row_ids, list,
-         shares);
+  launch(start, cut_lists<Lists>, dim3(parts, std::max(1, lists.heads)), kThreads, 0, stream, start, lists, row_ids,
+         list, shares);
 }
 
 }  // namespace moba::cuda::cutting

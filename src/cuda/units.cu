@@ -112,7 +112,7 @@ void list_units(const Shape& shape, Slab slab, Batch batch, const Index& index, 
                            shape.max_blocks, shape.group,
                            shape.causal,     unit_capacity(shape, slab, rows_per_unit),
                            sections,         last_section(slab.heads, sections)};
-  launch_cut(Start::behind, ChosenLists{heads, batch.blocks, index.offsets, index.rows}, shape.sm_count, index.rows,
+  launch_cut(Start::early, ChosenLists{heads, batch.blocks, index.offsets, index.rows}, shape.sm_count, index.rows,
              list, {}, stream);
 }
 
