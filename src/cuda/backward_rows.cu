@@ -10,6 +10,7 @@
 #include "cuda/launch.h"
 #include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/math.cuh"
+#include "cuda/row_terms.cuh"
 
 namespace moba::cuda {
 
@@ -22,6 +23,7 @@ struct Rows {
   int q_head_begin, q_heads;  // of the slab
   int token_begin, tokens;
   int group, head_dim;
+  float scale;  // kLeastScale or more
 };
 
 // dout . out of one row, for its kGroup lanes: their chunks, multiplied and added up.
@@ -37,6 +39,16 @@ __device__ __forceinline__ float row_dot(const uint4& a, const uint4& b) {
 #pragma unroll
   for (int step = kGroup / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
   return sum;
+}
+
+__device__ __forceinline__ void store_values(const RowValues& values, std::int64_t to, float scale, float lse,
+                                             float delta) {
+  if (values.terms != nullptr) {
+    values.terms[to] = row_terms(lse / scale, delta);
+  } else {
+    values.lse[to] = lse * std::numbers::log2e_v<float>;
+    values.delta[to] = delta;
+  }
 }
 
 // kGroup lanes take kTokens tokens of a head; the heads stand side by side, as in memory.
@@ -69,14 +81,12 @@ __global__ void __launch_bounds__(kThreads)
     const std::int64_t to = (key_head * std::int64_t{slab.tokens} + token) * slab.group + head % slab.group;
     const float row_lse = static_cast<const float*>(
         lse.data)[(slab.q_head_begin + head) * lse.head_stride + (slab.token_begin + token) * lse.token_stride];
-    const bool empty = row_lse == -INFINITY;  // gives nothing, whatever its dout is
-    values.lse[to] = empty ? INFINITY : row_lse * std::numbers::log2e_v<float>;
-    values.delta[to] = empty ? 0 : delta;
+    // A row without keys has no weights.
+    const bool empty = row_lse == -INFINITY;
+    store_values(values, to, slab.scale, empty ? INFINITY : row_lse, empty ? 0 : delta);
   }
   if (i == 0 && lane == 0) {
-    const std::int64_t behind_all = std::int64_t{slab.tokens} * slab.q_heads;
-    values.lse[behind_all] = INFINITY;
-    values.delta[behind_all] = 0;
+    store_values(values, std::int64_t{slab.tokens} * slab.q_heads, slab.scale, INFINITY, 0);  // behind all
   }
   ptx::end_behind_previous();
 }
@@ -99,7 +109,8 @@ void row_values(const Shape& shape, Slab slab, View<const void> out, View<const 
                   slab.token_begin,
                   slab.tokens,
                   shape.group,
-                  shape.head_dim};
+                  shape.head_dim,
+                  std::max(shape.scale, kLeastScale)};
   const std::int64_t groups = std::int64_t{divide_up(std::max(1, slab.tokens), kTokens)} * rows.q_heads;
   const int groups_of_cta = kThreads / lanes_of(shape.head_dim);
   const std::int64_t ctas = (groups + groups_of_cta - 1) / groups_of_cta;

@@ -17,7 +17,7 @@ struct Portion {
   std::int64_t heads, tokens, parts;
 };
 
-// Heads whose rows of q and dout fit in L2 together: 16 MB each for 64K rows of d = 128, of 50 MB on an H200. Only the
+// Heads whose rows of q and dout fit in L2 together: 16 MB each for 64K rows of d = 128, of 60 MB on an H200. Only the
 // last section has to end evenly; before it a unit may take as long as two sections, and large ones have fewer sums to
 // store and to add up.
 Sections sections_of(const Shape& s, const BackwardSetup& backward) {
@@ -152,8 +152,12 @@ BackwardMemory::BackwardMemory(Carver& carver, const Setup& setup, const Backwar
   share_list.splits = carver.take<Split>(most.splits);
   share_list.counters = carver.take<std::int32_t>(2);
   shares = carver.take<float>(most.shares * 2 * backward.part_keys * s.head_dim);
-  values.lse = carver.take<float>(row_value_count(s, slab));
-  values.delta = carver.take<float>(row_value_count(s, slab));
+  if (setup.backward == BackwardKernel::sm90) {
+    values.terms = carver.take<uint4>(row_value_count(s, slab));
+  } else {
+    values.lse = carver.take<float>(row_value_count(s, slab));
+    values.delta = carver.take<float>(row_value_count(s, slab));
+  }
   part_stride = entries;
   dq = carver.take<std::uint16_t>(entries * backward.parts * s.head_dim);
   if (backward.parts < backward.all_parts) query_totals = carver.take<float>(rows * s.head_dim);

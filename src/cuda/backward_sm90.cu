@@ -2,21 +2,22 @@
 // up to 128 keys, which stay for the whole unit, as do their dK and dV, in registers.
 //
 // A CTA per SM takes units by ticket. Of its warpgroups one produces; two have 64 keys each and compute, for a tile,
-//   S^T [64 keys, 64 rows] = K Q^T          operands from shared memory
-//   P^T = exp2(c S^T - lse)                 in 16 bits
+//   S^T [64 keys, 64 rows] = K Q^T - lse    operands from shared memory; lse / scale, as terms (row_terms.cuh)
+//   P^T = exp2(c S^T)                       in 16 bits
 //   dV [64 keys, d] += P^T dO               P^T from registers
-//   dP^T [64 keys, 64 rows] = V dO^T
-//   dS^T = P^T (dP^T - delta)               in 16 bits; also to shared memory, as dS [64 rows, 128 keys]
+//   dP^T [64 keys, 64 rows] = V dO^T - delta
+//   dS^T = P^T dP^T                         in 16 bits; also to shared memory, as dS [64 rows, 128 keys]
 //   dK [64 keys, d] += dS^T Q               dS^T from registers
 // and the last, with few registers, computes dQ [64 rows, d] = dS K, which goes to the entries of the rows, rounded; no
 // two units write the same place, so nothing is added up atomically.
 //
-// What bounds it on an H200: shared memory (78 % busy), the way to memory of what is gathered, and, from some tens of
-// milliseconds on, the power limit. Shared memory and the barriers, pairs full/empty, are described in
+// What bounds it on an H200: shared memory (about 75 % busy), the way to memory of what is gathered, and, from some
+// tens of milliseconds on, the power limit. Shared memory and the barriers, pairs full/empty, are described in
 // backward_sm90_shared.cuh.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <numbers>
 
@@ -30,6 +31,7 @@
 #include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/row_terms.cuh"
 #include "cuda/tensor_map.h"
 
 namespace moba::cuda {
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(Layout<d>::kThreads, 1)
     }
     for (int i = 0; i < L::kQStages; ++i) {
       ptx::barrier_init(base + L::kQFull + i * 8, kProducers);
-      ptx::barrier_init(base + L::kQEmpty + i * 8, kKeyWarps * 32);
+      ptx::barrier_init(base + L::kQEmpty + i * 8, kKeyWarps);
     }
     for (int i = 0; i < L::kDOStages; ++i) {
       ptx::barrier_init(base + L::kDOFull + i * 8, kProducers);
@@ -111,6 +113,10 @@ __global__ void __launch_bounds__(Layout<d>::kThreads, 1)
     ptx::barrier_init(base + L::kDSFull, kKeyWarps);
     ptx::barrier_init(base + L::kDSEmpty, kQueryWarps);
     ptx::fence_barrier_init();
+  }
+  if (threadIdx.x < 16) {
+    reinterpret_cast<uint4*>(shared + L::kWeights)[threadIdx.x] = term_weights(threadIdx.x / 8);
+    ptx::fence_async_proxy();
   }
   ptx::start_behind_previous();
   __syncthreads();
@@ -133,10 +139,9 @@ Arguments arguments_of(const Shape& shape, Slab slab, const BackwardInput& input
           .rows = input.rows,
           .q = RowAddresses(input.q, shape.group),
           .dout = RowAddresses(input.dout, shape.group),
-          .lse = input.values.lse,
-          .delta = input.values.delta,
-          .head_values = rows,
-          .first_value = slab.head_begin * rows + std::int64_t{slab.token_begin} * shape.group,
+          .terms = input.values.terms,
+          .head_terms = rows,
+          .first_term = slab.head_begin * rows + std::int64_t{slab.token_begin} * shape.group,
           .no_row = slab.heads * rows,
           .dq = static_cast<char*>(output.dq),
           .part_stride = output.part_stride,
@@ -147,7 +152,7 @@ Arguments arguments_of(const Shape& shape, Slab slab, const BackwardInput& input
           .by_group = Divide(shape.group),
           .group = shape.group,
           .scale = shape.scale,
-          .factor = static_cast<float>(shape.scale * std::numbers::log2e)};
+          .factor = static_cast<float>(std::max(shape.scale, kLeastScale) * std::numbers::log2e)};
 }
 
 template <class T, int d>

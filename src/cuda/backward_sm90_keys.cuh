@@ -82,16 +82,10 @@ __device__ __forceinline__ void store_sum(const Arguments& arguments, const Unit
                  view.token_stride, keys);
 }
 
-// S^T -> P^T = exp2(factor S^T - lse), `lse` being that of row 2c of the tile in shared memory.
-__device__ __forceinline__ void weigh(float (&s)[32], float factor, std::uint32_t lse) {
+// S^T -> P^T.
+__device__ __forceinline__ void weigh(float (&s)[32], float factor) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const float2 offset = ptx::load_shared_pair(lse + j * 32);
-    s[4 * j] = ptx::exp2_approx(s[4 * j] * factor - offset.x);
-    s[4 * j + 1] = ptx::exp2_approx(s[4 * j + 1] * factor - offset.y);
-    s[4 * j + 2] = ptx::exp2_approx(s[4 * j + 2] * factor - offset.x);
-    s[4 * j + 3] = ptx::exp2_approx(s[4 * j + 3] * factor - offset.y);
-  }
+  for (float& x : s) x = ptx::exp2_approx(x * factor);
 }
 
 // The first rows of the unit that do not see its key `key`: rows ascend, and so does what they see. Mostly they are
@@ -127,22 +121,21 @@ __device__ __forceinline__ void mask_weights(float (&p)[32], const Arguments& ar
   }
 }
 
-// P^T, as packed for dV, and dP^T -> dS^T = P^T (dP^T - delta), packed.
+// P^T, as packed for dV, and dP^T -> dS^T, packed.
 template <class T>
-__device__ __forceinline__ void slopes(std::uint32_t (&ds)[16], const std::uint32_t (&p)[16], const float (&dp)[32],
-                                       std::uint32_t delta) {
+__device__ __forceinline__ void slopes(std::uint32_t (&ds)[16], const std::uint32_t (&p)[16], const float (&dp)[32]) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const float2 offset = ptx::load_shared_pair(delta + j * 32);
-    const float2 p0 = ptx::unpack<T>(p[2 * j]), p1 = ptx::unpack<T>(p[2 * j + 1]);
-    ds[2 * j] = ptx::pack<T>(p0.x * (dp[4 * j] - offset.x), p0.y * (dp[4 * j + 1] - offset.y));
-    ds[2 * j + 1] = ptx::pack<T>(p1.x * (dp[4 * j + 2] - offset.x), p1.y * (dp[4 * j + 3] - offset.y));
+  for (int j = 0; j < 16; ++j) {
+    const float2 weights = ptx::unpack<T>(p[j]);
+    ds[j] = ptx::pack<T>(weights.x * dp[2 * j], weights.y * dp[2 * j + 1]);
   }
 }
 
-// [64 keys, 64 rows] = A [64 keys, d] B^T, both K-major: K Q^T or V dO^T.
+// [64 keys, 64 rows] = A [64 keys, d] B^T, both K-major, plus the terms of each row that the weights pick: K Q^T - lse
+// or V dO^T - delta.
 template <class T, int d>
-__device__ __forceinline__ void issue_transposed(float (&product)[32], std::uint32_t keys, std::uint32_t rows) {
+__device__ __forceinline__ void issue_transposed(float (&product)[32], std::uint32_t keys, std::uint32_t rows,
+                                                 std::uint32_t weights, std::uint32_t terms) {
   using L = Layout<d>;
   ptx::wgmma_fence();
 #pragma unroll
@@ -150,6 +143,7 @@ __device__ __forceinline__ void issue_transposed(float (&product)[32], std::uint
     ptx::wgmma<T>(product, keys + k / 4 * (L::kKeyBand / 16) + k % 4 * 2,
                   rows + k / 4 * (L::kTileBand / 16) + k % 4 * 2, k > 0);
   }
+  ptx::wgmma_add_terms(product, weights, terms);
   ptx::wgmma_commit();
 }
 
@@ -201,12 +195,18 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
   Stage<L::kQStages> q(0);
   Stage<L::kDOStages> dout(0);
   int ds_parity = 1;
-  const auto values = [&](int stage) { return base + L::kValues + stage * L::kValueBytes + c * 8; };
-  const auto issue_scores = [&](int q_stage) {
-    issue_transposed<T, d>(s, group_keys + (n & 1) * (L::kKeyStage / 16), q_rows + q_stage * (L::kTileBytes / 16));
+  const auto terms = [&](int dout_stage) { return base + L::kTerms + dout_stage * L::kTermBytes; };
+  const auto issue_scores = [&](int q_stage, std::uint32_t q_terms) {
+    issue_transposed<T, d>(s, group_keys + (n & 1) * (L::kKeyStage / 16), q_rows + q_stage * (L::kTileBytes / 16),
+                           base + L::kWeights, q_terms);
   };
-  const auto finish_weights = [&](int q_stage) {
-    weigh(s, arguments.factor, values(q_stage));
+  const auto issue_slopes = [&](int dout_stage) {
+    issue_transposed<T, d>(s, group_keys + (n & 1) * (L::kKeyStage / 16) + L::kKeyBytes / 16,
+                           dout_rows + dout_stage * (L::kTileBytes / 16), base + L::kWeights + L::kWeightBytes,
+                           terms(dout_stage));
+  };
+  const auto finish_weights = [&] {
+    weigh(s, arguments.factor);
     if (tile * kTileRows < mask_rows) mask_weights(s, arguments, ring[n & 1], key, tile * kTileRows + 2 * c);
   };
   const auto pack_weights = [&] {
@@ -238,7 +238,7 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
     ptx::barrier_wait(base + L::kQFull + q.number * 8, q.parity);
     ptx::barrier_wait(base + L::kDOFull + dout.number * 8, dout.parity);
     __syncwarp();  // all lanes have seen both
-    ptx::barrier_arrive(base + L::kQEmpty + q.number * 8);
+    ptx::barrier_arrive_if(lane == 0, base + L::kQEmpty + q.number * 8);
     ptx::barrier_arrive_if(lane == 0, base + L::kDOEmpty + dout.number * 8);
     q.next();
     dout.next();
@@ -251,10 +251,10 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
   const auto work = [&] {
     ptx::barrier_wait(base + L::kQFull + q.number * 8, q.parity);
     ptx::fence_async_proxy();
-    issue_scores(q.number);
+    issue_scores(q.number, terms(dout.number));
     ptx::wgmma_wait<0>();
     ptx::pin(s);
-    finish_weights(q.number);
+    finish_weights();
     pack_weights();
     bool goes_on;  // with the next tile
     do {
@@ -263,8 +263,7 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
       ptx::barrier_wait(base + L::kDOFull + dout_stage * 8, dout.parity);
       ptx::fence_async_proxy();
       issue_sum<T>(dv, p, dout_columns + dout_stage * (L::kTileBytes / 16), accumulate);
-      issue_transposed<T, d>(s, group_keys + (n & 1) * (L::kKeyStage / 16) + L::kKeyBytes / 16,
-                             dout_rows + dout_stage * (L::kTileBytes / 16));
+      issue_slopes(dout_stage);
       q.next();
       dout.next();
       if (++tile == tiles) {
@@ -275,19 +274,22 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
       ptx::wgmma_wait<0>();
       ptx::pin(s);
       ptx::barrier_arrive_if(lane == 0, base + L::kDOEmpty + dout_stage * 8);
-      slopes<T>(ds, p, s, values(q_stage) + kTileRows * 4);
+      slopes<T>(ds, p, s);
       if (goes_on) ptx::barrier_wait(base + L::kQFull + q.number * 8, q.parity);
-      const int next_stage = goes_on ? q.number : q_stage;  // where it does not go on, weights that nobody reads
+      // Where it does not go on, weights that nobody reads: of the tile in hand, which also stands in for its terms,
+      // for those are given back.
+      const int next_stage = goes_on ? q.number : q_stage;
+      const std::uint32_t next_terms = goes_on ? terms(dout.number) : base + L::kQ + q_stage * L::kTileBytes;
       ptx::fence_async_proxy();
-      issue_scores(next_stage);
+      issue_scores(next_stage, next_terms);
       issue_sum<T>(dk, ds, q_columns + q_stage * (L::kTileBytes / 16), accumulate);
       store_slopes();
       ptx::wgmma_wait<1>();
       ptx::pin(s);
-      finish_weights(next_stage);
+      finish_weights();
       ptx::wgmma_wait<0>();
-      pack_weights();                                        // into the registers that dV read
-      ptx::barrier_arrive(base + L::kQEmpty + q_stage * 8);  // every lane, for every lane has read the values
+      pack_weights();  // into the registers that dV read
+      ptx::barrier_arrive_if(lane == 0, base + L::kQEmpty + q_stage * 8);
       if (tile == 0) finish_unit();
     } while (goes_on);
   };

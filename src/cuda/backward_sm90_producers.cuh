@@ -1,4 +1,4 @@
-// The producer warpgroup of backward_sm90.cu: takes units, brings their K and V, gathers Q, dO and the values of their
+// The producer warpgroup of backward_sm90.cu: takes units, brings their K and V, gathers Q, dO and the terms of their
 // rows. A tile is computed in about the time in which it is gathered, so nothing here may wait for memory: units are
 // read one unit before their use, row ids one tile.
 #pragma once
@@ -22,11 +22,10 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
   constexpr int kRows = 32 / kLanes;   // that a warp brings in one pass
   constexpr int kPasses = 16 / kRows;  // a warp's 16 rows of a tile: rows 4 kRows p + kRows w + 0, 1 ... of pass p
   const int t = threadIdx.x % kProducers, lane = t % 32, warp = __shfl_sync(kAllLanes, t / 32, 0);
-  // Lanes i and i + 16 hold the i-th row of a warp; one brings its lse, the other its delta.
+  // Lanes i and i + 16 hold the i-th row of a warp.
   const int held = lane % 16 / kRows * 4 * kRows + warp * kRows + lane % kRows;
-  const float* const values = lane < 16 ? arguments.lse : arguments.delta;
   const std::uint32_t to = base + swizzled_band(kTileRows, t / kLanes, t % kLanes);
-  const std::uint32_t values_to = base + L::kValues + (lane < 16 ? 0 : kTileRows * 4) + held * 4;
+  const std::uint32_t terms_to = base + L::kTerms + held * 16;
   const auto row_id = [&](const Unit& unit, int row) {
     const int i = min(row + held, unit.rows - 1);
     return arguments.rows == nullptr ? unit.row0 + i : __ldg(arguments.rows + unit.first + i);
@@ -58,7 +57,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
     const Unit& next_unit = ring[(n + 1) & 1];
     drawn.advance();
     const char *q_from = key_head_rows(arguments.q, unit), *dout_from = key_head_rows(arguments.dout, unit);
-    const float* unit_values = values + (unit.head * arguments.head_values - arguments.first_value);
+    const uint4* unit_terms = arguments.terms + (unit.head * arguments.head_terms - arguments.first_term);
     // The next unit is asked for when its stage is, as a rule, free.
     const int tiles = (unit.rows + kTileRows - 1) / kTileRows, ask = min(tiles - 1, 2);
     for (int tile = 0; tile < tiles; ++tile) {
@@ -68,7 +67,11 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensor
       if (is_last && tile > ask && next_unit.rows > 0) next = row_id(next_unit, 0);
       gather(L::kQ + q.number * L::kTileBytes, q_from, arguments.q.units_of(row, token), arguments.q.unit,
              base + L::kQEmpty + q.number * 8, q.parity);
-      ptx::copy_async_4(values_to + q.number * L::kValueBytes, is_row ? unit_values + row : values + arguments.no_row);
+      ptx::barrier_wait(base + L::kDOEmpty + dout.number * 8, dout.parity);  // of the tile of dO and the terms
+      if (lane < 16) {
+        ptx::copy_async(terms_to + dout.number * L::kTermBytes,
+                        is_row ? unit_terms + row : arguments.terms + arguments.no_row);
+      }
       ptx::copy_async_arrive(base + L::kQFull + q.number * 8);
       q.next();
       gather(L::kDO + dout.number * L::kTileBytes, dout_from, arguments.dout.units_of(row, token), arguments.dout.unit,

@@ -3,12 +3,16 @@
 //   0        K, V of unit n in stage n % 2, each in bands of 64 columns [128 keys, 128 bytes]
 //   kQ, kDO  Q and dO, tiles in bands [64 rows, 128 bytes]
 //   kDS      dS of one tile, 16 bits, in two bands of 64 keys [64 rows, 128 bytes]
-//   kValues  lse [64] and delta [64] of the rows of each tile of Q
+//   kTerms   the rows' terms (row_terms.cuh), 16 bytes a row, tiles beside those of dO: there is no room for three.
+//   They
+//            come with the tile of Q and go with that of dO
+//   kWeights of the terms of lse, then of delta: 8 equal rows of 16 bytes each
 //   kRing    the units of the two stages
 //   kKey...  barriers of the stages of K, V and Unit. full: the producers and the copy engine -> all others;
 //            empty: all other threads -> the producers
-//   kQ...    of the tiles of Q and their values, kDO... of those of dO. full: the producers -> the key warpgroups;
-//            empty: their threads (dO: their 8 warps) -> the producers
+//   kQ...    of the tiles of Q, kDO... of those of dO. full: the producers -> the key warpgroups; empty: their 8 warps
+//   ->
+//            the producers
 //   kDS...   of dS. full: the 8 warps of the key warpgroups -> the dQ warpgroup; empty: its 4 warps -> them
 #pragma once
 
@@ -36,12 +40,13 @@ struct Layout {
   static constexpr int kKeyBand = kKeys * kBandBytes;
   static constexpr int kKeyBytes = kKeys * d * 2;  // K or V
   static constexpr int kKeyStage = 2 * kKeyBytes;
-  static constexpr int kValueBytes = 2 * kTileRows * 4;
+  static constexpr int kTermBytes = kTileRows * 16;
   static constexpr int kQ = 2 * kKeyStage;
   static constexpr int kDO = kQ + kQStages * kTileBytes;
   static constexpr int kDS = kDO + kDOStages * kTileBytes;
-  static constexpr int kValues = kDS + kTileRows * kKeys * 2;
-  static constexpr int kRing = kValues + kQStages * kValueBytes;
+  static constexpr int kTerms = kDS + kTileRows * kKeys * 2;
+  static constexpr int kWeights = kTerms + kDOStages * kTermBytes, kWeightBytes = 8 * 16;
+  static constexpr int kRing = kWeights + 2 * kWeightBytes;
   static constexpr int kKeyFull = kRing + 2 * static_cast<int>(sizeof(Unit)), kKeyEmpty = kKeyFull + 2 * 8;
   static constexpr int kQFull = kKeyEmpty + 2 * 8, kQEmpty = kQFull + kQStages * 8;
   static constexpr int kDOFull = kQEmpty + kQStages * 8, kDOEmpty = kDOFull + kDOStages * 8;
@@ -64,9 +69,9 @@ struct Arguments {
   KeySource keys;
   const std::int32_t* rows;  // null for dense
   RowAddresses q, dout;
-  const float *lse, *delta;  // RowValues: row i of key head h has those at h * head_values + i - first_value
-  std::int64_t head_values, first_value;
-  std::int64_t no_row;  // where the values are that rows of no unit read
+  const uint4* terms;  // RowValues: row i of key head h has those at h * head_terms + i - first_term
+  std::int64_t head_terms, first_term;
+  std::int64_t no_row;  // where the terms are that rows of no unit read
   char* dq;
   std::int64_t part_stride;
   float* shares;
@@ -74,7 +79,7 @@ struct Arguments {
   KeyTotals totals;
   Divide by_group;
   int group;
-  float scale, factor;  // factor: scale * log2 e
+  float scale, factor;  // factor: scale * log2 e, scale at least kLeastScale
 };
 
 }  // namespace moba::cuda::gradient

@@ -163,8 +163,11 @@ struct ShareList {
 // What backward needs of a row besides q and dout. That of slab row r of head h of the slab stands at r + h * rows of a
 // head; behind all of them is one that rows of no unit read.
 struct RowValues {
-  float* lse;    // base 2; +inf for a row with lse -inf and for what is behind all: their weights are 0
-  float* delta;  // dout . out
+  // For backward_sm90, else null: lse and delta as of row_terms.cuh.
+  uint4* terms = nullptr;
+  // For backward_portable, else null: lse, base 2, +inf for a row with lse -inf and for what is behind all, whose
+  // weights are 0; dout . out.
+  float *lse = nullptr, *delta = nullptr;
 };
 
 // Sums in float32 over slabs of tokens; null where one slab has all.

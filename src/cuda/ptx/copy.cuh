@@ -14,10 +14,6 @@ __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
-// 4 bytes.
-__device__ __forceinline__ void copy_async_4(std::uint32_t to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int groups>
 __device__ __forceinline__ void copy_async_wait() {

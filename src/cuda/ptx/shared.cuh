@@ -23,11 +23,6 @@ __device__ __forceinline__ void load_shared(std::uint32_t from, std::uint32_t& x
                                             std::uint32_t& w) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "r"(from) : "memory");
 }
-__device__ __forceinline__ float2 load_shared_pair(std::uint32_t from) {
-  float2 x;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
-  return x;
-}
 
 // If score > bar: stores {x, y, z} at `to` and moves `to` on by `step` bytes. Predicated rather than branched around,
 // and one asm, so that the predicate is not kept in a register from where the compiler sees the same comparison

@@ -87,6 +87,19 @@ __device__ __forceinline__ void wgmma(float (&d)[32], std::uint32_t a, std::uint
   }
 }
 
+// d[i][n] += 2 sum_j a[i % 8][j] b[n][j] over 8 bfloat16 j, whatever the type of other products of d: rows of 16 bytes
+// in shared memory, behind one another, 8 of a and 64 of b, at addresses that are multiples of 16. Twice, for a product
+// has 16 of k, and takes the same rows for both halves.
+__device__ __forceinline__ void wgmma_add_terms(float (&d)[32], std::uint32_t a, std::uint32_t b) {
+  // No swizzle, 8x8 tiles of 128 bytes: the next ones along k, and for a along its rows, are 0 bytes away.
+  std::uint64_t of_a, of_b;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(of_a) : "r"(a >> 4), "r"(0));
+  asm("mov.b64 %0, {%1, %2};" : "=l"(of_b) : "r"(b >> 4), "r"(128 >> 4));
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " MOBA_REGISTERS_32 ", %32, %33, 1, 1, 1, 0, 0;"
+               : MOBA_ACCUMULATORS_32
+               : "l"(of_a), "l"(of_b));
+}
+
 #define MOBA_WGMMA_REGISTERS(N, REGISTERS, ACCUMULATORS, TYPE, A, B, P)                                           \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE \
                "." TYPE " " REGISTERS ", " A ", %" B ", p, 1, 1, 1;\n}"                                           \
