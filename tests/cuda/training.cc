@@ -109,6 +109,14 @@ Trained train_on(CudaRunner& run, const Given& given, const Chosen& chosen) {
   return {std::move(own), std::move(results), std::move(slopes)};
 }
 
+std::size_t training_limit(const Problem& problem, const std::string& family, int hundredths) {
+  // What forward can do with may be too little for backward, which then says what it needs.
+  const Plan smallest(problem, cuda_options(family, least_workspace(problem, family)));
+  const std::size_t least = std::max(smallest.workspace_bytes(), smallest.backward_workspace_bytes());
+  const std::size_t most = std::max(least, most_workspace(problem, family));
+  return least + (most - least) / 100 * static_cast<std::size_t>(hundredths);
+}
+
 reference::GradientRows f64_gradients(const Given& given, const Trained& trained) {
   Runner run(given.c.problem(), reference_options());
   Inputs inputs = given.data.inputs();

@@ -28,6 +28,10 @@ Trained train(CudaRunner& run, const Given& given);
 Trained train_dense(CudaRunner& run, const Given& given);
 Trained train_on(CudaRunner& run, const Given& given, const Chosen& chosen);
 
+// A workspace_limit for forward and backward: the least that both can do with, and so many hundredths of the way to
+// what a plan without a limit takes.
+std::size_t training_limit(const Problem& problem, const std::string& family, int hundredths);
+
 // The gradients of the same choice, out and lse: in float64, the rope turned back where the case has one; and by the
 // CpuJudge, for cases without a rope.
 reference::GradientRows f64_gradients(const Given& given, const Trained& trained);
