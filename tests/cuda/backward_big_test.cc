@@ -1,10 +1,11 @@
 // Gradients of more than 2^31 elements: all are written; rows of dq and keys of dk and dv at the edges of 2^31 and 2^32
-// bytes and elements are compared with float64.
+// bytes and elements are compared with float64. Those of a training size: the same bits run after run.
 #include <algorithm>
 #include <cmath>
 #include <functional>
 
 #include "big.h"
+#include "cuda_input.h"
 
 namespace moba::test {
 namespace {
@@ -262,6 +263,30 @@ TEST_F(CudaBigBackward, KeysBeyondTwoToThe31Elements) {
   const Big b{.q_tokens = 70, .k_tokens = 1'050'005, .q_heads = 16, .kv_heads = 16, .block_size = 128, .top_k = 4};
   ASSERT_GT(b.k_tokens * b.kv_heads * kDim, std::int64_t{1} << 31);
   expect_big(Sources(b, 70, 70, 20011), true);
+}
+
+TEST_F(CudaBigBackward, ThirtyRunsGiveTheSameBits) {
+  if (!fits(std::size_t{6} << 30)) GTEST_SKIP() << "needs 6 GiB of free device memory";
+  const Big b{.q_tokens = 65'536, .k_tokens = 65'536, .q_heads = 16, .kv_heads = 16, .block_size = 128, .top_k = 8};
+  const Sources sources(b, 4001, 4003, 20011);
+  for (const std::string& family : families(b.problem())) {
+    const Training training(sources, family);
+    const auto digests = [&] {
+      const Gradients& g = training.gradients;
+      std::vector<bench::Digest> all;
+      for (const Tensor* x : {&training.outputs.out, &g.dq, &g.dk, &g.dv}) {
+        all.push_back(bench::digest_of(*x, test_stream()));
+      }
+      return all;
+    };
+    training.run(false);
+    const std::vector<bench::Digest> expected = digests();
+    for (const bench::Digest& digest : expected) EXPECT_EQ(digest.not_finite, 0u) << family;
+    for (int i = 0; i < 30; ++i) {
+      training.run(false);
+      ASSERT_TRUE(digests() == expected) << family << ", run " << i;
+    }
+  }
 }
 
 }  // namespace
