@@ -16,17 +16,18 @@
 #   asan      build and ctest with the address and undefined-behaviour sanitizers
 #   tsan      build and ctest with the thread sanitizer
 #   fuzz      a short round of every fuzzer, the same inputs every time (./scripts/fuzz.sh round)
+#   gpusan    the small tests of the cuda backend under compute-sanitizer; skipped where that or a GPU is missing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib.sh
 source scripts/lib.sh
 
-every_phase=(format build tests package demo figures embed tidy asan tsan fuzz)
+every_phase=(format build tests package demo figures embed tidy asan tsan fuzz gpusan)
 phases=(build tests package)
 [[ ${CI:-} == true || ${CI:-} == 1 ]] && phases=("${every_phase[@]}")
 case ${1:-} in
   -h | --help)
-    sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit
     ;;
   --all) phases=("${every_phase[@]}") ;;
@@ -145,6 +146,26 @@ run_tsan() { sanitize tsan; }
 
 run_fuzz() { ./scripts/fuzz.sh round; }
 
+run_gpusan() {
+  local checker tool tests=build/ci/bin/moba_cuda_tests
+  if ! checker=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer); then
+    echo "skipped: compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin"
+  elif ! nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
+    echo "skipped: nvidia-smi finds no GPU"
+  elif [[ ! -x build/ci/bin/moba_tests ]]; then
+    die "the tests are not built: ask for the phase build as well"
+  elif [[ ! -x $tests ]]; then
+    echo "skipped: the build has no cuda backend"
+  elif ! build/ci/bin/moba info --backend cuda; then
+    echo "skipped: the cuda backend has no GPU that it can use"
+  else
+    for tool in memcheck racecheck initcheck; do
+      printf '\n%s\n' "$tool"
+      MOBA_CUDA_CHECKER=1 "$checker" --tool "$tool" --error-exitcode 9 "$tests" --gtest_filter='*Small*:-CudaRefused*'
+    done
+  fi
+}
+
 packages=()
 if chosen build || chosen tests || chosen asan || chosen tsan || chosen tidy || chosen package || chosen demo; then
   packages+=("${build_packages[@]}" "${program_packages[@]}" "${test_packages[@]}")
@@ -164,7 +185,7 @@ summary=() failed=0 broken=0
 mkdir -p build/check
 for phase in "${every_phase[@]}"; do
   chosen "$phase" || continue
-  if [[ $broken == 1 && $phase =~ ^(tests|package|demo|figures|tidy)$ ]]; then
+  if [[ $broken == 1 && $phase =~ ^(tests|package|demo|figures|tidy|gpusan)$ ]]; then
     summary+=("$(printf '%-8s not run: the build failed' "$phase")")
     continue
   fi
@@ -178,7 +199,7 @@ for phase in "${every_phase[@]}"; do
   status=${PIPESTATUS[0]}
   set -e
   line=$(printf '%-8s %-6s %4d s' "$phase" "$([[ $status == 0 ]] && echo ok || echo FAILED)" $((SECONDS - start)))
-  closing=$(grep -E '^[0-9]+% tests passed' "build/check/$phase.log" || true)
+  closing=$(grep -E '^([0-9]+% tests passed|skipped:)' "build/check/$phase.log" || true)
   summary+=("$line${closing:+   $closing}")
   if [[ $status != 0 ]]; then
     failed=1
