@@ -78,6 +78,27 @@ TEST_F(CudaBackwardDeterminism, SmallRunsAgain) {
   }
 }
 
+// Several slabs and passes, in memory that holds no more than them.
+TEST_F(CudaBackwardDeterminism, SmallRunsWithLittleMemory) {
+  for (const std::int64_t d : {64, 128, 96}) {
+    Case c{.dtype = DType::bf16, .q_heads = 6, .kv_heads = 2, .head_dim = d, .q_lengths = {300, 40}};
+    c.k_lengths = {300, 40};
+    c.config = {.block_size = 144, .top_k = 2};
+    const Given given(c);
+    for (const std::string& family : families(c.problem())) {
+      CudaRunner run(c.problem(), cuda_options(family, training_limit(c.problem(), family, 0)));
+      SCOPED_TRACE(::testing::Message() << c << ", " << run.plan().kernels());
+      EXPECT_TRUE(has_slabs_and_passes(run.plan()));
+      for (const bool all_keys : {false, true}) {
+        const auto once = [&] { return all_keys ? train_dense(run, given) : train(run, given); };
+        const Trained trained = once();
+        EXPECT_TRUE(near(given, trained, f64_gradients(given, trained))) << (all_keys ? "all keys" : "");
+        EXPECT_TRUE(bits(once()) == bits(trained)) << (all_keys ? "all keys" : "");
+      }
+    }
+  }
+}
+
 reference::GradientRows judged(const Given& given, const Trained& trained) {
   return given.c.rope ? f64_gradients(given, trained) : cpu_gradients(given, trained);
 }

@@ -7,6 +7,8 @@
 #include <map>
 #include <mutex>
 
+#include "cuda/setup.h"
+
 namespace moba::test {
 
 namespace {
@@ -115,6 +117,12 @@ std::size_t training_limit(const Problem& problem, const std::string& family, in
   const std::size_t least = std::max(smallest.workspace_bytes(), smallest.backward_workspace_bytes());
   const std::size_t most = std::max(least, most_workspace(problem, family));
   return least + (most - least) / 100 * static_cast<std::size_t>(hundredths);
+}
+
+bool has_slabs_and_passes(const Plan& plan) {
+  const cuda::Setup& setup = *plan.impl().cuda;
+  const cuda::BackwardSetup &chosen = setup.chosen_backward, &dense = setup.dense_backward;
+  return chosen.sums_keys(setup.shape) && chosen.parts < chosen.all_parts && dense.parts < dense.all_parts;
 }
 
 reference::GradientRows f64_gradients(const Given& given, const Trained& trained) {

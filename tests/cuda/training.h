@@ -31,6 +31,9 @@ Trained train_on(CudaRunner& run, const Given& given, const Chosen& chosen);
 // A workspace_limit for forward and backward: the least that both can do with, and so many hundredths of the way to
 // what a plan without a limit takes.
 std::size_t training_limit(const Problem& problem, const std::string& family, int hundredths);
+// Whether a plan's backward goes by slabs of tokens, over which it sums up dk and dv, and in each, as dense_backward in
+// its own, by several passes.
+bool has_slabs_and_passes(const Plan& plan);
 
 // The gradients of the same choice, out and lse: in float64, the rope turned back where the case has one; and by the
 // CpuJudge, for cases without a rope.
