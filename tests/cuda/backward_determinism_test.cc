@@ -37,6 +37,7 @@ void expect_thirty_the_same(const Choice& choice) {
     for (const bool all_keys : {false, true}) {
       SCOPED_TRACE(::testing::Message() << given.c << ", " << family << (choice.sink ? ", sink" : "")
                                         << (all_keys ? ", all keys" : ""));
+      for (const ResidentTraining* const each : {&resident, &another}) each->forget(stream);
       resident.run(all_keys, stream);
       const auto expected = resident.results(stream);
       for (int i = 0; i < 30; ++i) {
