@@ -127,10 +127,15 @@ std::size_t Plan::backward_workspace_bytes() const {
   return kAlignment + aligned(impl_->backward_scratch_bytes) + impl_->q_rotated_bytes + impl_->k_rotated_bytes;
 }
 
+std::size_t Plan::ids_bytes(bool shared) const {
+  const Problem& p = impl_->problem;
+  return bytes_of(DType::i32, p.total_q * (shared ? p.kv_heads : p.q_heads) * impl_->slots);
+}
+
 std::size_t Plan::selection_bytes(bool shared) const {
   const Problem& p = impl_->problem;
   const std::int64_t heads = shared ? p.kv_heads : p.q_heads;
-  return bytes_of(DType::i32, p.total_q * heads * impl_->slots) + bytes_of(DType::i32, p.total_q * heads) +
+  return ids_bytes(shared) + bytes_of(DType::i32, p.total_q * heads) +
          bytes_of(DType::i64, p.kv_heads * impl_->max_blocks + 1) +
          bytes_of(DType::i32, p.total_q * p.q_heads * impl_->slots);
 }

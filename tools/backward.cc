@@ -15,6 +15,7 @@
 #include "safetensors.h"
 #include "stages.h"
 #include "text.h"
+#include "training.h"
 
 namespace moba::cli {
 namespace {
@@ -37,50 +38,6 @@ struct UpstreamGradient {
   Buffer memory;
   ConstTensor tensor;
   std::optional<std::uint64_t> seed;  // where it was made up
-};
-
-// A forward pass that keeps its selection, and backward after it, with all they write. The plan and what they read,
-// which lies where the plan computes, must outlive it.
-class Training {
- public:
-  Training(const Plan& plan, const Inputs& inputs, const ConstTensor& dout)
-      : plan_(plan),
-        inputs_(inputs),
-        dout_(dout),
-        workspace_(Place(plan), std::max(plan.workspace_bytes(), plan.backward_workspace_bytes()), "the workspace"),
-        selection_memory_(Place(plan), plan.forward_is_dense() ? 0 : plan.selection_bytes(), "the selection"),
-        results_(plan) {
-    const Problem& p = plan.problem();
-    const Place place(plan);
-    if (!plan.forward_is_dense()) selection_ = make_selection(plan, selection_memory_.span());
-    gradients_.dq = allocate(dq_, place, p.dtype, {p.total_q, p.q_heads, p.head_dim}, "dq");
-    gradients_.dk = allocate(dk_, place, p.dtype, {p.total_k, p.kv_heads, p.head_dim}, "dk");
-    gradients_.dv = allocate(dv_, place, p.dtype, {p.total_k, p.kv_heads, p.head_dim}, "dv");
-  }
-
-  std::vector<StageTime> run(Progress& progress) {
-    StageClock clock(plan_, progress);
-    clock.begin(plan_.forward_is_dense() ? "dense" : "forward");
-    forward(plan_, inputs_, selection_, results_.outputs, workspace_.span());
-    clock.begin("backward");
-    backward(plan_, inputs_, selection_, {results_.outputs.out, results_.outputs.lse}, dout_, gradients_,
-             workspace_.span());
-    return clock.finish();
-  }
-
-  const Selection& selection() const { return selection_; }
-  const Outputs& results() const { return results_.outputs; }
-  const Gradients& gradients() const { return gradients_; }
-
- private:
-  const Plan& plan_;
-  const Inputs& inputs_;
-  const ConstTensor dout_;
-  const PlacedMemory workspace_, selection_memory_;
-  Selection selection_;  // empty where every block is chosen
-  Results results_;
-  PlacedMemory dq_, dk_, dv_;
-  Gradients gradients_;
 };
 
 // What they wrote, where the host can read it, as long as they are there.
@@ -149,7 +106,7 @@ void print_times(const AttentionFile& file, const Plan& plan, std::vector<StageT
   print_stage_table(times, RateUnit(plan));
   std::printf("\nmemory: workspace %s forward, %s backward", format_bytes(use.workspace).c_str(),
               format_bytes(use.backward_workspace).c_str());
-  if (!plan.forward_is_dense()) std::printf("; selection %s", format_bytes(use.selection).c_str());
+  if (!plan.forward_is_dense()) std::printf("; selection %s", format_bytes(use.kept_selection).c_str());
   std::printf("\n");
 }
 

@@ -13,6 +13,7 @@
 #include "random_inputs.h"
 #include "stages.h"
 #include "text.h"
+#include "training.h"
 
 namespace moba::cli {
 namespace {
@@ -70,6 +71,23 @@ Samples time_dense(const Plan& plan, const Inputs& inputs, const Arithmetic& ari
   return samples.front();
 }
 
+// Behind a forward that keeps its selection.
+Samples time_backward(const Plan& plan, const Inputs& inputs, const Arithmetic& arithmetic, int repeat,
+                      Progress& progress) {
+  const Problem& p = plan.problem();
+  Buffer memory;
+  const PlacedTensor dout(Place(plan), random_tensor(memory, p.dtype, p.total_q, p.q_heads, p.head_dim, kSeed + 1),
+                          "dout");
+  Training training(plan, inputs, dout.tensor());
+  std::vector<Samples> samples;
+  for (int i = -1; i < repeat; ++i) {
+    std::vector<StageTime> times{training.run(progress).back()};
+    count_flop(times, arithmetic);
+    if (i >= 0) add(samples, times);
+  }
+  return samples.front();
+}
+
 void print_table(const std::vector<Samples>& samples, const RateUnit& unit) {
   std::printf("%-8s %12s %12s %10s\n", "stage", "min", "median", unit.name);
   for (const Samples& stage : samples) {
@@ -106,7 +124,9 @@ void bench(const BenchArguments& arguments) {
   const TextProblem text = parse_problem(arguments.problem, arguments.options);
   const Plan plan(text.problem, text.options);
   const MemoryUse use = memory_use(plan);
-  require_memory(plan, {use.inputs(), use.staged()});  // full attention comes when the stages' memory is free again
+  // What is timed later comes when the memory of what was before is free again.
+  const double training = arguments.backward ? use.out + use.trained() : 0;
+  require_memory(plan, {use.inputs(), std::max(use.staged(), training), 0, arguments.backward ? use.out : 0});
 
   std::printf("moba %s, %s, %s, %s, %d cores\n", version(), compiler().c_str(), build_type().c_str(),
               processor_name().c_str(), cores());
@@ -117,18 +137,23 @@ void bench(const BenchArguments& arguments) {
   const std::vector<std::int64_t> starts_k = start_offsets(text.problem.batch, text.seqlen_k);
   const Arithmetic arithmetic = plan.arithmetic(starts_q, starts_k);
   std::vector<Samples> samples;
+  Samples moba;  // of these, forward as a whole
   {
     Progress progress;
     progress.stage("random tensors");
     const RandomInputs random(text.problem, starts_q, starts_k, kSeed);
     const PlacedInputs placed(plan, random.inputs);
     samples = time_stages(plan, placed.inputs(), arithmetic, arguments.repeat, progress);
+    moba = samples.back();
+    if (arguments.backward) {
+      samples.push_back(time_backward(plan, placed.inputs(), arithmetic, arguments.repeat, progress));
+    }
     if (arguments.dense) samples.push_back(time_dense(plan, placed.inputs(), arithmetic, arguments.repeat, progress));
   }
   print_table(samples, RateUnit(plan));
   if (whole_differs(plan)) std::printf("%s\n", kWholeDiffers);
   if (arguments.dense) {
-    const Samples &dense = samples.back(), &moba = samples[samples.size() - 2];
+    const Samples& dense = samples.back();
     std::printf("\ndense / MoBA: %.2f in time", dense.min() / moba.min());
     if (moba.flop > 0) std::printf(", %.2f in arithmetic", dense.flop / moba.flop);
     std::printf("\n");

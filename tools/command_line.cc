@@ -260,6 +260,7 @@ void add_bench(CLI::App& app, Parsed& parsed) {
       "timed passes, after one to warm up (default 5)");
   command.add_flag_callback(
       "--no-dense", [&] { arguments.dense = false; }, "leave full attention out");
+  command.add_flag("--backward", arguments.backward, "time backward too");
   command.add_option("--json", arguments.json, "also write the figures as JSON")->type_name("FILE");
   add_execution_options(command, arguments.options);
   command.footer("\n" + problem_text_help() + R"(
@@ -269,7 +270,7 @@ GPU the times are those of its work, without what the host takes to ask for it.
 Examples:
   moba bench 'tokens=16384 q_heads=8 kv_heads=2'
   moba bench 'tokens=16384 q_heads=8 kv_heads=2 dtype=bf16 threads=1' --no-dense --json bench.json
-  moba bench --backend cuda 'tokens=65536 q_heads=16 d=128 dtype=bf16')");
+  moba bench --backend cuda 'tokens=65536 q_heads=16 d=128 dtype=bf16' --backward)");
   command.callback([&] {
     check_execution_options(command, options_with(arguments.problem, arguments.options));
     parsed.command = [&] { bench(arguments); };

@@ -81,6 +81,7 @@ struct BenchArguments {
   Options options;  // unless the problem says otherwise
   int repeat = 5;
   bool dense = true;
+  bool backward = false;
   std::string json;  // empty: none
 };
 void bench(const BenchArguments& arguments);  // bench.cc

@@ -19,10 +19,11 @@ MemoryUse memory_use(const Plan& plan) {
   use.q = use.out = q_rows * d * element;
   use.k = use.v = k_rows * d * element;
   use.lse = q_rows * sizeof(float);
-  use.ids = q_rows * static_cast<double>(plan.slots()) * sizeof(std::int32_t);
+  use.ids = static_cast<double>(plan.ids_bytes());
   use.workspace = static_cast<double>(plan.workspace_bytes());
   use.backward_workspace = static_cast<double>(plan.backward_workspace_bytes());
   use.selection = static_cast<double>(plan.selection_bytes());
+  use.kept_selection = plan.options().backend == Backend::cuda ? use.ids : use.selection;
   use.stages = use.selection + centroids + (problem.rope ? use.q + use.k : 0.0);
   return use;
 }

@@ -12,6 +12,7 @@ struct MemoryUse {
   double backward_workspace = 0;  // the same of backward
   double ids = 0;                 // the chosen blocks, of the selection
   double selection = 0;           // whole: the ids and their transpose
+  double kept_selection = 0;      // what backward needs of it: on a GPU the ids
   double stages = 0;  // between the stages, for who calls them one by one: rotated q and k, centroids, selection
 
   double inputs() const { return q + k + v; }
@@ -23,7 +24,7 @@ struct MemoryUse {
   double gradients() const { return inputs(); }
   // What a forward that keeps its selection and backward after it take beside the inputs and dout.
   double trained() const {
-    return results() + selection + gradients() + (workspace > backward_workspace ? workspace : backward_workspace);
+    return results() + kept_selection + gradients() + (workspace > backward_workspace ? workspace : backward_workspace);
   }
 };
 

@@ -23,9 +23,14 @@ void print_memory(const Plan& plan) {
   line("lse", use.lse, "");
   line("workspace", use.workspace, "all that a call takes beyond the tensors above");
   line("total", use.q + use.k + use.v + use.out + use.lse + use.workspace, "");
-  line("selection", static_cast<double>(plan.selection_bytes()),
+  line("selection", use.selection,
        "for backward, and who calls the stages one by one; otherwise in the workspace, part by part if need be");
-  line("backward", use.backward_workspace, "workspace of backward, beyond selection, dout and gradients");
+  if (use.kept_selection < use.selection) line("ids", use.kept_selection, "of the selection, all that backward needs");
+  const std::size_t limit = plan.options().workspace_limit;
+  line("backward", use.backward_workspace,
+       limit > 0 && plan.backward_workspace_bytes() > limit
+           ? "workspace of backward: more than the limit, so backward is refused"
+           : "workspace of backward, beyond selection, dout and gradients");
 }
 
 void print_arithmetic(const Arithmetic& arithmetic) {

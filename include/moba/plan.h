@@ -101,6 +101,8 @@ class MOBA_EXPORT Plan {
   bool forward_is_dense() const;
   // Bytes of a Selection (moba/attention.h), shared by the heads of a key head or not.
   std::size_t selection_bytes(bool shared = false) const;
+  // Of those, the bytes of its ids: all that backward needs on cuda.
+  std::size_t ids_bytes(bool shared = false) const;
   // Ids per row of a Selection: min(top_k, blocks of the longest sequence allowed).
   std::int64_t slots() const;
   // Upper bound on the blocks of a batch: rows of the centroids tensor.

@@ -272,6 +272,15 @@ TEST(Cli, BenchTimesEveryStage) {
   const Finished alone = run_moba({"bench", problem + " dtype=f16 backend=reference", "--repeat", "1", "--no-dense"});
   expect_success(alone);
   EXPECT_EQ(alone.out.find("dense"), std::string::npos) << alone.out;
+  EXPECT_EQ(alone.out.find("backward"), std::string::npos) << alone.out;
+
+  for (const std::string& some_or_all : {problem, std::string("tokens=100 q_heads=4 d=16 block=16 topk=7")}) {
+    const Finished trained = run_moba({"bench", some_or_all, "--repeat", "2", "--backward"});
+    expect_success(trained);
+    const std::size_t backward = trained.out.find("\nbackward "), dense = trained.out.find("\ndense ");
+    EXPECT_LT(backward, dense) << trained.out;
+    EXPECT_NE(dense, std::string::npos) << trained.out;
+  }
 }
 
 TEST(Cli, InfoSaysWhatABugReportNeeds) {

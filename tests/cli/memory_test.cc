@@ -88,6 +88,7 @@ TEST(MemoryUse, GradientsAreCounted) {
   const double tensors = use.gradients() + use.results();
   EXPECT_EQ(use.backward_workspace, static_cast<double>(plan.backward_workspace_bytes()));
   EXPECT_GE(use.trained(), tensors + use.backward_workspace + static_cast<double>(plan.selection_bytes()));
+  EXPECT_EQ(static_cast<double>(plan.ids_bytes()), use.ids);
   const double unrotated = gradient_accuracy_bytes(plan);
   EXPECT_GT(unrotated, 2 * 2 * (use.inputs() + use.out)) << "inputs and gradients in float32";
   problem.rope.emplace();
