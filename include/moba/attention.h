@@ -7,10 +7,10 @@
 // centroids and rotated copies at multiples of 16 bytes, with strides that are multiples of 8 above 0. A function puts
 // its work on the stream, whatever device is current, and returns: it allocates nothing, waits for nothing and can be
 // captured in a CUDA graph (CUDA itself loads a kernel at its first launch in a process, unless CUDA_MODULE_LOADING is
-// EAGER; a graph of backward has programmatic edges, which CUDA knows from 12.3 on). So what only the device can see is
-// not refused: with cu_seqlens that are not as they must be, every row of out and lse, and of the gradients, is NaN; a
-// row whose ids are not as they must be is chosen by no block, and its out, lse and dq are NaN. No memory is touched
-// that was not given.
+// EAGER; on Hopper and later a graph of any function but merge may have programmatic edges, which CUDA knows from 12.3
+// on). So what only the device can see is not refused: with cu_seqlens that are not as they must be, every row of out
+// and lse, and of the gradients, is NaN; a row whose ids are not as they must be is chosen by no block, and its out,
+// lse and dq are NaN. No memory is touched that was not given.
 //
 // Shapes: Tq, Tk tokens of the packed batch, Hq query heads, Hk key heads, g = Hq / Hk, d head dim. docs/spec.md
 // defines the computation; arXiv 2502.13189 is where it comes from.
