@@ -90,9 +90,9 @@ MOBA_EXPORT void dense(const Plan& plan, const Inputs& inputs, const Outputs& ou
 // the gate. Inputs are those of forward: with a rope in the plan the unrotated q and k, which are rotated anew, and dq
 // and dk are those of the unrotated ones. Reads offsets and rows of the selection; where plan.forward_is_dense() and
 // the selection is empty or not written since, it is dense_backward(). On a plan without rope it also serves a
-// selection of the caller's own and what attend wrote with it. A row with no key gets and gives zeros; a key that no
-// row attends to gets zeros. The workspace is one of plan.backward_workspace_bytes(). Gradients may not overlap
-// anything else.
+// selection of the caller's own and what attend wrote with it. A row with no key gets and gives zeros (on cuda, if its
+// dout is finite: docs/spec.md section 11); a key that no row attends to gets zeros. The workspace is one of
+// plan.backward_workspace_bytes(). Gradients may not overlap anything else.
 //
 // On cuda it reads ids instead, [Tq, Hq, slots] or [Tq, Hk, slots], and is dense_backward() only where they are left
 // out; ids that nobody wrote are read as they stand. With the same plan, on the same kind of device, the same call
