@@ -59,7 +59,8 @@ struct Options {
   // slabs of tokens (very long sequences): 8 bytes for each element of k of one key head, and 1 to 2 GiB beside them.
   // Less memory means more and shorter passes over heads, queries and keys; out and lse are the same bits, where v is
   // finite, gradients may differ in the last. Backward is refused where it cannot do with so little;
-  // backward_workspace_bytes() then is what it needs.
+  // backward_workspace_bytes() then is what it needs. dense_backward makes do with what backward takes of the limit, or
+  // with 256 MiB of it if that is more.
   int cuda_device = 0;
   std::string cuda_kernels;
   std::size_t workspace_limit = 0;
