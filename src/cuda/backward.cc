@@ -43,8 +43,8 @@ void list_units(const Job& job, Start start, Slab slab, const Pass& pass) {
   list_backward_units(start, c.shape, slab, c.batch, m.index, pass, m.units, m.share_list, c.stream);
 }
 
-// What the products of a pass need. Its kernels may all run beside one another, the third from when the second lets it
-// start: none of them touches what another writes. The first is behind the memset.
+// What the products of a pass need. Its kernels run beside one another (launch.h), the first of them behind the memset:
+// none touches what another writes.
 void prepare_pass(const Job& job, Slab slab, const Pass& pass) {
   const DeviceCall& c = job.call;
   const BackwardMemory& m = job.memory;

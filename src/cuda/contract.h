@@ -279,8 +279,8 @@ void merge_partials(const Shape&, const CallerPartials&, View<void> out, LseView
 // choose_all.cu: the ids, and counts if wanted, of a plan whose slots hold every block: all that a row sees.
 void choose_all(const Shape&, Batch, IdsView<std::int32_t> ids, CountsView counts, cudaStream_t);
 
-// backward_rows.cu: the values of the slab's rows. lse f32 [Hq, Tq]. Starts beside the kernel before it, which must not
-// be the products.
+// backward_rows.cu: the values of the slab's rows. lse f32 [Hq, Tq]. Launched beside the kernel before it, which must
+// be launched so too, or behind all (launch.h).
 std::int64_t row_value_count(const Shape&, Slab);
 void row_values(const Shape&, Slab, View<const void> out, View<const void> dout, View<const void> lse, const RowValues&,
                 cudaStream_t);
@@ -314,8 +314,7 @@ void write_totals(const Shape&, Batch, int head, const KeyTotals&, View<void> dk
 void fill_keys(const Shape&, Slab, Batch, const Index* index, View<void> dk, View<void> dv, cudaStream_t);
 
 // backward_queries.cu: dq of the slab's rows from the partials of a pass, added up in the order of parts, then ids. A
-// row without any: 0. A row of kInvalidRow, or of a token that lies in no sequence: NaN. Starts beside the kernel
-// before it, which must not be the products.
+// row without any: 0. A row of kInvalidRow, or of a token that lies in no sequence: NaN. Launched beside sum_shares().
 struct QuerySums {
   IdsView<const std::int32_t> ids;  // data null: dense
   Index index;                      // unused for dense

@@ -63,9 +63,10 @@ bool can_start_early(Kernel kernel) {
 // returns: cudaGetLastError() would also give errors that the caller left behind.
 //
 // Start::early and Start::beside: from ptx::let_next_start() of the kernel before it on. A kernel that starts early
-// begins with ptx::start_behind_previous(): only its launch is hidden. Of two that run beside one another neither
-// touches what the other writes; the earlier is launched behind all, so that what was before is visible to both, and
-// the later calls ptx::end_behind_previous(), so that who waits for it has waited for both.
+// begins with ptx::start_behind_previous(): only its launch is hidden. Kernels that run beside one another follow each
+// other in the stream. The first is launched behind all, so that what was before is visible to all of them; each of the
+// others ends by ptx::end_behind_previous(), so that who waits for the last has waited for all; and none touches what
+// another of them writes.
 //
 // Two kinds of kernels lose by starting early, as measured on an H200 at 64K tokens, and are launched behind all: merge
 // (forward takes 5 % longer) and those of which two CTAs stay on each multiprocessor (portable attend: 10 %).
