@@ -27,8 +27,10 @@ std::string describe_kernels(const Plan::Impl& plan);
 void forward_by_stages(const Call& call, const Intermediates& memory, const Outputs& outputs,
                        const std::function<void(const char*)>& done);
 
-// The same of backward: batch, then for each slab index, rows, keys (those of no unit), and for each pass over parts of
-// the blocks units, products, shares (dk, dv), queries (dq); rope at the end, if the plan has one.
+// The same of backward: batch, then for each slab index, and for each pass over parts of the blocks units, products,
+// shares (dk, dv), queries (dq). The first pass of a slab also has keys (those of no unit), before units, and rows,
+// behind it; where dk and dv are sums over slabs of tokens, keys (the sums, rounded) stands behind the last slab of a
+// key head instead. rope at the end, if the plan has one.
 void backward_by_stages(const Call& call, const Selection& selection, const Cotangents& given,
                         const Gradients& gradients, const std::function<void(const char*)>& done);
 
