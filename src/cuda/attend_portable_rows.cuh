@@ -15,10 +15,6 @@ namespace moba::cuda::portable {
 // weights, would grow too large for f16.
 inline constexpr float kLargeExponent = 4096.0f;
 
-// Columns from here on may all lie behind the head dimension (32 of 64, 96 of 128, 192 of 256), and are then left out.
-template <int kDim>
-inline constexpr int kOptional = kDim == 64 ? 32 : kDim / 4 * 3;
-
 // The rows of one warp: scores of a tile, running maximum and sum, outputs. Lane 4r + c holds columns 8x + 2c, + 1 of
 // rows r and r + 8 of each 16.
 template <class T, int kDim>

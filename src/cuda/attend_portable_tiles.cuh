@@ -1,5 +1,5 @@
 // What the pieces of attend_portable.cu share: how q, k and v stand in shared memory, how they get there, and how a CTA
-// comes by its units.
+// comes by its units. backward_portable.cu takes some of it.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,10 @@ namespace moba::cuda::portable {
 inline constexpr int kWarps = 4;
 inline constexpr int kThreads = 32 * kWarps;
 inline constexpr int kTileKeys = 64;
+
+// Columns from here on may all lie behind the head dimension (32 of 64, 96 of 128, 192 of 256), and are then left out.
+template <int kDim>
+inline constexpr int kOptional = kDim == 64 ? 32 : kDim / 4 * 3;
 
 struct Arguments {
   AttendInput input;

@@ -12,6 +12,9 @@
 namespace moba::cuda {
 
 extern const Steps kSteps;
+// Those of them that are in backward.cc.
+void backward(const Call& call, const Selection& selection, const Cotangents& given, const Gradients& gradients);
+void dense_backward(const Call& call, const Cotangents& given, const Gradients& gradients);
 
 // Refuses options.cuda_device where it is not there: no CUDA in the build, no driver, no such device.
 void check_device(int device);

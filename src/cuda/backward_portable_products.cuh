@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cuda/attend_portable_rows.cuh"
+#include "cuda/attend_portable_tiles.cuh"
 #include "cuda/backward_portable_tiles.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/mma.cuh"
@@ -44,7 +44,7 @@ __device__ __forceinline__ void score(float (&scores)[kM][kN][4], std::uint32_t 
   clear(scores);
 #pragma unroll
   for (int i = 0; i < L::kDim / 16; ++i) {
-    if (i * 16 == portable::kOptional<L::kDim> && head_dim <= portable::kOptional<L::kDim>) break;
+    if (i * 16 == kOptional<L::kDim> && head_dim <= kOptional<L::kDim>) break;
     std::uint32_t left[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) ptx::load_matrix_x4(left[m], at_pair(a, i) + m * 16 * L::kRowBytes);

@@ -17,6 +17,7 @@
 namespace moba::cuda::portable_backward {
 
 using portable::at_pair;
+using portable::kOptional;
 using portable::kThreads;
 using portable::kWarps;
 

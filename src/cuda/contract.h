@@ -99,7 +99,7 @@ inline constexpr std::int32_t kInvalidRow = -2;
 struct alignas(16) Unit {
   std::int64_t first;            // first entry of the unit in Index::rows (lists) and in the partials
   std::int32_t head;             // key head, of all (not of the slab)
-  std::int32_t key_begin, keys;  // tokens of k; keys >= 1, for dense the keys that the unit's last row sees
+  std::int32_t key_begin, keys;  // tokens of k; keys >= 1, for dense() as many as the unit's last row sees
   std::int32_t rows;             // >= 1
   std::int32_t first_token;      // row with token t sees min(keys, max(0, t - first_token + 1)) keys if causal
   std::int32_t masked;           // leading rows that see fewer than `keys` keys; 0 if not causal

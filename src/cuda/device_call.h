@@ -63,8 +63,4 @@ inline IdsView<const std::int32_t> read_only(const IdsView<std::int32_t>& v) {
 // Those of the plan's rope; puts the steps of its angles, where they are computed, into the scratch.
 RopeParameters rope_parameters(DeviceCall& c);
 
-// backward.cc
-void backward(const Call& call, const Selection& selection, const Cotangents& given, const Gradients& gradients);
-void dense_backward(const Call& call, const Cotangents& given, const Gradients& gradients);
-
 }  // namespace moba::cuda

@@ -1,4 +1,4 @@
-// Causal masks of attend's units (Unit in contract.h, or what a kernel makes of it).
+// Causal masks of units (Unit in contract.h, or what a kernel makes of it), in attend and backward.
 #pragma once
 
 #include <cstdint>
