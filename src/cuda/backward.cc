@@ -73,7 +73,7 @@ void run_pass(const Job& job, Slab slab, const Pass& pass) {
   const BackwardInput input{
       view(c.call.q), view(c.call.k), view(c.call.v), view(job.given.dout), job.dense() ? nullptr : m.index.rows,
       m.values};
-  const BackwardOutput output{m.dq, m.part_stride, m.shares, dk, dv, m.key_totals};
+  const BackwardOutput output{m.dq, m.part_stride, m.shares, dk, dv, m.key_totals, pass.part_keys};
   const auto kernel = c.setup.backward == BackwardKernel::sm90 ? backward_sm90 : backward_portable;
   kernel(c.shape, slab, input, m.units, output, c.stream);
   job.done("products");

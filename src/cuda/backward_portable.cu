@@ -104,7 +104,7 @@ class KeySums {
 
   __device__ __forceinline__ void store(const Arguments& p, const Unit& unit) const {
     if (unit.share >= 0) {
-      const std::int64_t floats = static_cast<std::int64_t>(p.part_keys) * p.head_dim;
+      const std::int64_t floats = std::int64_t{L::kKeys} * p.head_dim;
       float* share = p.output.shares + 2 * floats * unit.share;
       store_floats(share, unit, p.head_dim, p.scale, dk_, false);
       store_floats(share + floats, unit, p.head_dim, 1.0f, dv_, false);
@@ -301,8 +301,7 @@ void launch_backward(const Shape& shape, const Arguments& arguments, cudaStream_
 
 template <class T>
 void launch_backward(const Shape& shape, const Arguments& arguments, cudaStream_t stream) {
-  const bool short_parts = arguments.input.rows != nullptr && shape.block_size <= 64;
-  if (shape.head_dim <= 64 && short_parts) {
+  if (shape.head_dim <= 64 && arguments.output.part_keys == 64) {
     launch_backward<T, 64, 64>(shape, arguments, stream);
   } else if (shape.head_dim <= 64) {
     launch_backward<T, 64, 128>(shape, arguments, stream);
@@ -326,7 +325,6 @@ void backward_portable(const Shape& shape, Slab slab, const BackwardInput& input
                             .slab = slab,
                             .head_dim = shape.head_dim,
                             .group = shape.group,
-                            .part_keys = portable_part_keys(shape.head_dim),
                             .scale = shape.scale,
                             .scale_log2e = static_cast<float>(shape.scale * std::numbers::log2e),
                             .by_group = Divide(shape.group)};

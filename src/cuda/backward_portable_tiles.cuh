@@ -26,7 +26,7 @@ struct Arguments {
   BackwardOutput output;
   UnitList units;
   Slab slab;
-  int head_dim, group, part_keys;
+  int head_dim, group;
   float scale, scale_log2e;
   Divide by_group;
 };

@@ -1,4 +1,4 @@
-// What a plan settles for backward: its kernel, how much of the work is done at a time, and the memory of that.
+// What a plan settles for backward: how much of the work is done at a time, and the memory of that.
 #include <algorithm>
 #include <cstdint>
 #include <optional>
@@ -167,14 +167,15 @@ BackwardMemory::BackwardMemory(Carver& carver, const Setup& setup, const Backwar
   }
 }
 
-std::size_t prepare_backward(Setup& setup, const Plan::Impl& plan, bool sm90, std::size_t limit) {
-  const bool is_callers = plan.options.workspace_limit > 0;
+std::size_t prepare_backward(Setup& setup, const Plan::Impl& plan, std::size_t limit) {
+  const bool is_callers = plan.options.workspace_limit > 0, sm90 = setup.backward == BackwardKernel::sm90;
   const Shape& s = setup.shape;
   const std::int64_t longest = std::max<std::int64_t>(1, plan.problem.max_seqlen_k);
-  setup.backward = sm90 ? BackwardKernel::sm90 : BackwardKernel::portable;
   BackwardSetup& chosen = setup.chosen_backward;
   BackwardSetup& dense = setup.dense_backward;
   chosen.part_keys = dense.part_keys = sm90 ? kSm90PartKeys : portable_part_keys(s.head_dim);
+  // As many keys as the kernel has room for, but of short blocks not twice what they have.
+  if (!sm90 && s.block_size <= 64) chosen.part_keys = std::min(chosen.part_keys, 64);
   // Two CTAs of the portable kernel share a multiprocessor: a row takes each of them twice as long.
   chosen.last_most_rows = dense.last_most_rows = sm90 ? 4096 : 2048;
   chosen.all_parts =

@@ -187,6 +187,7 @@ struct BackwardOutput {
   float* shares;             // [shares][2][part_keys][d]: dk, times scale, and dv; not written behind the unit's keys
   View<void> dk, dv;         // [Tk, Hk, d], where Unit::share is -1
   KeyTotals totals;          // added to in their place, if there are any
+  int part_keys;             // of a unit at most
 };
 
 // When a kernel starts: behind all that is in the stream, or, where the device can, while the kernel before it ends or
@@ -299,9 +300,10 @@ void list_backward_units(Start, const Shape&, Slab, Batch, const Index&, const P
 void list_dense_backward_units(Start, const Shape&, Slab, Batch, const Pass&, const UnitList&, const ShareList&,
                                cudaStream_t);
 
-// backward_sm90.cu (d 64 and 128), backward_portable.cu (all d): dk and dv, and the partials of dq, of all units.
+// dk and dv, and the partials of dq, of all units. backward_sm90.cu: d 64 and 128, parts of 128 keys.
 inline constexpr int kSm90PartKeys = 128;
 void backward_sm90(const Shape&, Slab, const BackwardInput&, const UnitList&, const BackwardOutput&, cudaStream_t);
+// backward_portable.cu: all d, parts of portable_part_keys(d) keys or, up to d = 64, of 64.
 int portable_part_keys(int head_dim);
 void backward_portable(const Shape&, Slab, const BackwardInput&, const UnitList&, const BackwardOutput&, cudaStream_t);
 

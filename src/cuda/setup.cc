@@ -87,6 +87,7 @@ void choose_kernels(Setup& setup, const std::string& family) {
   if (s.slots <= (s.causal ? 17 : 16)) setup.gate = GateKernel::sm90;
   setup.attend = s.block_size <= 128 ? AttendKernel::resident_sm90 : AttendKernel::stream_sm90;
   setup.dense = AttendKernel::stream_sm90;
+  setup.backward = BackwardKernel::sm90;
 }
 
 // Rows of one attend unit. Resident keys want many rows, since a change of units costs a multiprocessor time, but also
@@ -221,9 +222,8 @@ void prepare(Plan::Impl& plan, const DeviceLimits& device) {
   plan.scratch_bytes = aligned(scratch);
 
   const std::size_t outside_backward = kAlignment + plan.q_rotated_bytes + plan.k_rotated_bytes;
-  const bool sm90 = setup.attend != AttendKernel::portable;
   const std::size_t most_backward = limit > 0 ? limit - outside_backward : default_backward(setup.shape);
-  plan.backward_scratch_bytes = aligned(prepare_backward(setup, plan, sm90, most_backward));
+  plan.backward_scratch_bytes = aligned(prepare_backward(setup, plan, most_backward));
   const std::size_t backward = outside_backward + plan.backward_scratch_bytes;
   plan.backward_workspace_limit = limit > 0 && backward > limit ? backward : 0;
   plan.cuda = made;

@@ -54,7 +54,7 @@ void prepare(Plan::Impl& plan, const DeviceLimits& device);
 
 // The part of that which is about backward (backward_setup.cc); returns the scratch it takes, at most `limit` if it
 // can.
-std::size_t prepare_backward(Setup& setup, const Plan::Impl& plan, bool sm90, std::size_t limit);
+std::size_t prepare_backward(Setup& setup, const Plan::Impl& plan, std::size_t limit);
 
 // The largest n in [1, most] with fits(n), which holds for all smaller n too; 0 if there is none.
 template <class Fits>

@@ -10,6 +10,7 @@ namespace moba::test {
 namespace {
 
 using cuda::AttendKernel;
+using cuda::BackwardKernel;
 using cuda::DeviceLimits;
 using cuda::GateKernel;
 
@@ -114,9 +115,31 @@ TEST(CudaSetup, KernelsFollowTheDeviceAndTheProblem) {
     EXPECT_EQ(plan.cuda->gate, row.gate);
     EXPECT_EQ(plan.cuda->attend, row.attend);
     EXPECT_EQ(plan.cuda->dense, row.dense);
+    EXPECT_EQ(plan.cuda->backward, row.dense == kStream ? BackwardKernel::sm90 : BackwardKernel::portable);
     EXPECT_NE(cuda::describe_kernels(plan).find(row.device.name), std::string::npos) << cuda::describe_kernels(plan);
     EXPECT_EQ(plan.cuda->rows_per_unit % 64, 0);
     EXPECT_EQ(plan.cuda->shape.sm_count, row.device.sm_count);
+  }
+}
+
+// The portable kernel holds as many keys as it has room for, and no more than a short block has.
+TEST(CudaSetup, PartsFollowTheKernelAndTheBlocks) {
+  struct Row {
+    std::string family;
+    std::int64_t head_dim, block_size;
+    int chosen, dense;
+  };
+  const std::vector<Row> rows{
+      {"sm90", 64, 64, 128, 128},     {"sm90", 128, 512, 128, 128},   {"portable", 32, 64, 64, 128},
+      {"portable", 64, 16, 64, 128},  {"portable", 64, 80, 128, 128}, {"portable", 128, 64, 64, 64},
+      {"portable", 128, 512, 64, 64}, {"portable", 192, 64, 32, 32},  {"portable", 256, 512, 32, 32},
+  };
+  for (const Row& row : rows) {
+    SCOPED_TRACE(::testing::Message() << "row " << &row - rows.data());
+    const Config config{.block_size = row.block_size, .top_k = 4};
+    const Plan::Impl plan = planned(problem_of(50000, 8, 2, row.head_dim, config), kH200, row.family);
+    EXPECT_EQ(plan.cuda->chosen_backward.part_keys, row.chosen);
+    EXPECT_EQ(plan.cuda->dense_backward.part_keys, row.dense);
   }
 }
 
