@@ -22,7 +22,7 @@ void check_device(int device);
 // Fills in the cuda part of a plan, or refuses it: a device, a problem or an option that the kernels do not serve.
 void prepare(Plan::Impl& plan);
 
-// "cuda (NVIDIA H200): gate sm90, attend resident sm90, 2 passes"
+// "cuda (NVIDIA H200): gate sm90, attend resident sm90, 2 slabs; backward sm90, 4 slabs"
 std::string describe_kernels(const Plan::Impl& plan);
 
 // forward, for who times it: `done` is called with the name of each stage when its kernels are on the stream: batch,

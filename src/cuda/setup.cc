@@ -161,6 +161,28 @@ const char* name_of(AttendKernel kernel) {
   return "unknown";
 }
 
+std::string slabs(const Shape& s, int heads, int tokens) {
+  const std::int64_t count = ceil_div(s.kv_heads, heads) * ceil_div(std::max(1, s.total_q), tokens);
+  return std::to_string(count) + (count == 1 ? " slab" : " slabs");
+}
+
+std::string describe_forward(const Plan::Impl& plan) {
+  const Setup& setup = *plan.cuda;
+  if (plan.forward_is_dense) return std::string(name_of(setup.dense)) + ", every block chosen: full attention";
+  return std::string("gate ") + (setup.gate == GateKernel::sm90 ? "sm90" : "portable") + ", attend " +
+         name_of(setup.attend) + ", " + slabs(setup.shape, setup.slab_heads, setup.slab_tokens);
+}
+
+std::string describe_backward(const Plan::Impl& plan) {
+  const Setup& setup = *plan.cuda;
+  if (plan.backward_workspace_limit > 0) return "backward refused: the workspace limit is too low";
+  const BackwardSetup& backward = plan.forward_is_dense ? setup.dense_backward : setup.chosen_backward;
+  const std::int64_t passes = ceil_div(backward.all_parts, backward.parts);
+  return std::string("backward ") + (setup.backward == BackwardKernel::sm90 ? "sm90" : "portable") + ", " +
+         slabs(setup.shape, backward.slab_heads, backward.slab_tokens) +
+         (passes > 1 ? " of " + std::to_string(passes) + " passes" : "");
+}
+
 }  // namespace
 
 BatchMemory::BatchMemory(Carver& carver, const Shape& shape)
@@ -236,14 +258,7 @@ void prepare(Plan::Impl& plan) {
 }
 
 std::string describe_kernels(const Plan::Impl& plan) {
-  const Setup& setup = *plan.cuda;
-  std::string text = "cuda (" + setup.device.name + "): ";
-  if (plan.forward_is_dense) return text + name_of(setup.dense) + ", every block chosen: full attention";
-  text += std::string("gate ") + (setup.gate == GateKernel::sm90 ? "sm90" : "portable") + ", attend " +
-          name_of(setup.attend);
-  const std::int64_t passes =
-      ceil_div(setup.shape.kv_heads, setup.slab_heads) * ceil_div(std::max(1, setup.shape.total_q), setup.slab_tokens);
-  return text + ", " + std::to_string(passes) + (passes == 1 ? " pass" : " passes");
+  return "cuda (" + plan.cuda->device.name + "): " + describe_forward(plan) + "; " + describe_backward(plan);
 }
 
 }  // namespace moba::cuda

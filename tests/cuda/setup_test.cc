@@ -143,6 +143,21 @@ TEST(CudaSetup, PartsFollowTheKernelAndTheBlocks) {
   }
 }
 
+TEST(CudaSetup, DescribesItsKernelsAndHowItCutsTheWork) {
+  const Problem problem = problem_of(1 << 16, 16, 2, 128, {.block_size = 512, .top_k = 8});
+  EXPECT_EQ(cuda::describe_kernels(planned(good_problem(), kH200)),
+            "cuda (NVIDIA H200): gate sm90, attend resident sm90, 1 slab; backward sm90, 1 slab");
+  EXPECT_EQ(cuda::describe_kernels(planned(problem, kA100, "", 1024 * kMiB)),
+            "cuda (NVIDIA A100): gate portable, attend portable, 4 slabs; backward portable, 4 slabs of 8 passes");
+  EXPECT_EQ(cuda::describe_kernels(planned(problem, kH200, "", granted(problem, kH200, 1))),
+            "cuda (NVIDIA H200): gate sm90, attend stream sm90, 1024 slabs; "
+            "backward refused: the workspace limit is too low");
+  Problem dense = good_problem();
+  dense.config.top_k = 32;
+  EXPECT_EQ(cuda::describe_kernels(planned(dense, kH200)),
+            "cuda (NVIDIA H200): stream sm90, every block chosen: full attention; backward sm90, 1 slab");
+}
+
 TEST(CudaSetup, WorkspacesStayWithinTheirLimit) {
   const std::vector<Problem> problems{
       good_problem(),
