@@ -95,7 +95,7 @@ std::vector<Region> regions(const Plan& plan, const Inputs& inputs, unsigned rea
   return all;
 }
 
-// Everything of a selection: what forward and select write, and gradients may not overlap.
+// Everything that is given of a selection: what forward and select write, and gradients may not overlap.
 std::vector<Region> selection_regions(const Selection& selection) {
   return {{"selection.ids", selection.ids},
           {"selection.counts", selection.counts},
@@ -189,12 +189,8 @@ Call checked_backward(const Plan& plan, const Inputs& inputs, const Selection* s
   check_gradients(plan.impl(), gradients);
   std::vector<Region> read = regions(plan, inputs, kQ | kK | kV);
   read.insert(read.end(), {{"results.out", results.out}, {"results.lse", results.lse}, {"dout", dout}});
-  const bool on_host = call.plan.device == Device::cpu;  // and there the transpose is read, elsewhere the ids
-  if (selection != nullptr && !on_host) {
-    check_selection_ids(plan.impl(), *selection, false);
-    read.emplace_back("selection.ids", selection->ids);
-  } else if (selection != nullptr) {
-    check_selection_transpose(plan.impl(), *selection);
+  if (selection != nullptr) {
+    check_backward_selection(plan.impl(), *selection);
     for (const Region& region : selection_regions(*selection)) read.push_back(region);
   }
   const Region written[] = {{"gradients.dq", gradients.dq},
@@ -203,7 +199,7 @@ Call checked_backward(const Plan& plan, const Inputs& inputs, const Selection* s
                             {"workspace", workspace}};
   check_no_overlap(written, read);
   check_positions(call);
-  if (selection != nullptr && on_host) check_transpose(call, *selection);
+  if (selection != nullptr && call.plan.device == Device::cpu) check_transpose(call, *selection);
   return call;
 }
 

@@ -230,6 +230,15 @@ void check_centroids(const Plan::Impl& plan, const ConstTensor& centroids, bool 
   check_tensor(plan, centroids, {"centroids", p.dtype, {plan.max_blocks, p.kv_heads, p.head_dim}, output});
 }
 
+namespace {
+
+void check_row_ids(const Plan::Impl& plan, const Selection& selection) {
+  const std::int64_t entries = plan.problem.total_q * plan.problem.q_heads * plan.slots;
+  check_tensor(plan, selection.rows, {"selection.rows", DType::i32, {entries}, true});
+}
+
+}  // namespace
+
 std::int64_t check_selection_ids(const Plan::Impl& plan, const Selection& selection, bool per_query_head) {
   const Problem& p = plan.problem;
   const std::int64_t given = selection.ids.rank == 3 ? selection.ids.shape[1] : p.q_heads;
@@ -255,6 +264,17 @@ void check_kept_selection(const Plan::Impl& plan, const Selection& selection) {
     check_tensor(plan, selection.counts, {"selection.counts", DType::i32, {p.total_q, p.q_heads}, true, false});
   }
   if (selection.offsets.given()) check_selection_offsets(plan, selection);
+  if (selection.rows.given()) check_row_ids(plan, selection);
+}
+
+void check_backward_selection(const Plan::Impl& plan, const Selection& selection) {
+  const bool on_host = plan.device == Device::cpu;
+  if (!on_host || selection.ids.given()) check_selection_ids(plan, selection, false);
+  if (selection.counts.given()) {
+    check_tensor(plan, selection.counts, {"selection.counts", DType::i32, {plan.problem.total_q, -1}, false, false});
+  }
+  if (on_host || selection.offsets.given()) check_selection_offsets(plan, selection);
+  if (on_host || selection.rows.given()) check_row_ids(plan, selection);
 }
 
 void check_selection_offsets(const Plan::Impl& plan, const Selection& selection) {
@@ -263,9 +283,8 @@ void check_selection_offsets(const Plan::Impl& plan, const Selection& selection)
 }
 
 void check_selection_transpose(const Plan::Impl& plan, const Selection& selection) {
-  const Problem& p = plan.problem;
   check_selection_offsets(plan, selection);
-  check_tensor(plan, selection.rows, {"selection.rows", DType::i32, {p.total_q * p.q_heads * plan.slots}, true});
+  check_row_ids(plan, selection);
 }
 
 void check_ids(const Call& call, const Selection& selection) {

@@ -75,12 +75,14 @@ void check_results(const Plan::Impl& plan, const ConstOutputs& results, const Co
 void check_gradients(const Plan::Impl& plan, const Gradients& gradients);
 void check_centroids(const Plan::Impl& plan, const ConstTensor& centroids, bool output);
 
-// A selection against the shapes of the plan: ids (returns their heads), ids and counts, offsets, the transpose, or
-// what forward is to keep: everything on the cpu, ids and what else is given on cuda.
+// A selection against the shapes of the plan: ids (returns their heads), ids and counts, offsets, the transpose; what
+// forward is to keep: everything on the cpu, ids and what else is given on cuda; what backward is given: the transpose
+// on the cpu, ids on cuda, and what else there is, since gradients may not overlap it.
 std::int64_t check_selection_ids(const Plan::Impl& plan, const Selection& selection, bool per_query_head);
 void check_selection_rows(const Plan::Impl& plan, const Selection& selection, bool per_query_head);
 void check_selection_offsets(const Plan::Impl& plan, const Selection& selection);
 void check_kept_selection(const Plan::Impl& plan, const Selection& selection);
+void check_backward_selection(const Plan::Impl& plan, const Selection& selection);
 void check_selection_transpose(const Plan::Impl& plan, const Selection& selection);
 // The content of ids, given by the caller: ascending block ids of the row's sequence, then -1.
 void check_ids(const Call& call, const Selection& selection);

@@ -191,6 +191,9 @@ TEST(BackwardRefused, Workspaces) {
 TEST(BackwardRefused, Selections) {
   expect_refused(kBackward, "selection.offsets: is not given", [](Arguments& a) { a.selection = {}; });
   expect_refused(kBackward, "selection.rows: is not given", [](Arguments& a) { a.selection.rows = {}; });
+  // Not read, but gradients may not overlap them.
+  expect_refused(kBackward, "selection.ids: is i32 [33, 3, ", [](Arguments& a) { a.selection.ids.shape[1] = 3; });
+  expect_refused(kBackward, "selection.counts: is i32 [32, ", [](Arguments& a) { a.selection.counts.shape[0] = 32; });
   expect_refused(kBackward, "selection.offsets[0]: is -1",
                  [](Arguments& a) { a.read.offsets.as<std::int64_t>(0) = -1; });
   expect_refused(kBackward, "selection.rows of key head 0, block ",

@@ -136,6 +136,9 @@ TEST_F(CudaRefusedBackward, SmallOverlaps) {
     refused(kBackwards, "results.out", [](Arguments& a) -> ConstTensor& { return a.results.out; });
     refused(kBackwards, "results.lse", [](Arguments& a) -> ConstTensor& { return a.results.lse; });
     refused({kBackward}, "selection.ids", [](Arguments& a) -> Tensor& { return a.selection.ids; });
+    refused({kBackward}, "selection.counts", [](Arguments& a) -> Tensor& { return a.selection.counts; });
+    refused({kBackward}, "selection.offsets", [](Arguments& a) -> Tensor& { return a.selection.offsets; });
+    refused({kBackward}, "selection.rows", [](Arguments& a) -> Tensor& { return a.selection.rows; });
     expect_refused(kBackwards, "workspace: is in memory that " + gradient.name + " spans", [&](Arguments& a) {
       a.workspace = a.memory.bytes();
       (a.gradients.*gradient.tensor).data = a.memory.data();
@@ -169,6 +172,10 @@ TEST_F(CudaRefusedBackward, SmallSelections) {
   expect_refused({kBackward}, "selection.ids.device: is cpu",
                  [](Arguments& a) { a.selection.ids.device = Device::cpu; });
   expect_refused({kBackward}, "selection.ids: is i32 [99, 3, ", [](Arguments& a) { a.selection.ids.shape[1] = 3; });
+  expect_refused({kBackward}, "selection.counts: is i32 [98, ", [](Arguments& a) { a.selection.counts.shape[0] = 98; });
+  expect_refused({kBackward}, "selection.offsets: is f32 [",
+                 [](Arguments& a) { a.selection.offsets.dtype = DType::f32; });
+  expect_refused({kBackward}, "selection.rows: is i32 [1]", [](Arguments& a) { a.selection.rows.shape[0] = 1; });
   expect_refused({kForward}, "selection.ids: is not given", [](Arguments& a) { a.into = {}; });
   expect_refused({kForward}, "selection.ids: is i32 [99, 2, ", [](Arguments& a) { a.into.ids.shape[1] = 2; });
   expect_refused({kForward}, "selection.ids: is a pointer to memory that is no device's",
@@ -177,6 +184,7 @@ TEST_F(CudaRefusedBackward, SmallSelections) {
                  [](Arguments& a) { a.into.counts.data = a.kept.counts.tensor().data; });
   expect_refused({kForward}, "selection.offsets: is a pointer to memory that is no device's",
                  [](Arguments& a) { a.into.offsets.data = a.kept.offsets.tensor().data; });
+  expect_refused({kForward}, "selection.rows: is i32 [1]", [](Arguments& a) { a.into.rows.shape[0] = 1; });
 }
 
 // Dense kernels need no selection, but who asks for one wants backward to have its ids.
