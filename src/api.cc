@@ -1,6 +1,5 @@
 // The public functions: check, then hand one Call to the steps of the plan's backend.
 #include <algorithm>
-#include <array>
 #include <vector>
 
 #include "call.h"
@@ -26,10 +25,6 @@ std::vector<Sequence> sequences_of(const Plan::Impl& plan, const Inputs& inputs)
   }
   return sequences;
 }
-
-// The transpose is not that of the ids, or not yet: attend refuses it until index has written it.
-void mark_stale(const Selection& selection) { *static_cast<std::int64_t*>(selection.offsets.data) = -1; }
-bool is_stale(const Selection& selection) { return *static_cast<const std::int64_t*>(selection.offsets.data) == -1; }
 
 Outputs tidy(const Outputs& outputs) { return {tidy(outputs.out), tidy(outputs.lse)}; }
 
@@ -152,25 +147,22 @@ Call checked_attention(const Plan& plan, const Inputs& inputs, const Selection* 
   return call;
 }
 
+bool is_empty(const Selection& s) {
+  return !s.ids.given() && !s.counts.given() && !s.offsets.given() && !s.rows.given();
+}
+
 // forward, into `kept` or, where that is null, a selection in the workspace.
 void forward_into(const Plan& plan, const Inputs& inputs, const Selection* kept, const Outputs& outputs,
                   Workspace workspace, Stream stream) {
   const bool is_dense = plan.forward_is_dense();
-  // Whatever is given of the selection: without ids it is refused.
-  const bool chooses_all = is_dense && kept != nullptr && plan.impl().device == Device::cuda &&
-                           (kept->ids.given() || kept->counts.given() || kept->offsets.given() || kept->rows.given());
-  const Call call =
-      checked_attention(plan, inputs, is_dense && !chooses_all ? nullptr : kept, outputs, workspace, stream);
-  if (chooses_all) {
-    plan.impl().steps->choose_all(call, tidy(*kept));
-  } else if (is_dense && kept != nullptr && kept->offsets.given()) {  // there is none, and backward is to know
-    check_selection_transpose(plan.impl(), *kept);
-    check_no_overlap(std::array{Region("selection.offsets", kept->offsets)}, regions(plan, inputs, kQ | kK | kV));
-    mark_stale(*kept);
-  }
+  if (is_dense && kept != nullptr && is_empty(*kept)) kept = nullptr;  // there is nothing to choose
+  const Call call = checked_attention(plan, inputs, kept, outputs, workspace, stream);
   Stack stack(call, plan.problem());
   Intermediates memory = take_rotated(plan, stack);
-  if (is_dense) return plan.impl().steps->dense(rotated(call, memory), tidy(outputs));
+  if (is_dense) {
+    if (kept != nullptr) plan.impl().steps->choose_all(call, tidy(*kept));
+    return plan.impl().steps->dense(rotated(call, memory), tidy(outputs));
+  }
   memory.centroids = stack.tensor(plan.impl().centroids_bytes, plan.max_blocks(), plan.problem().kv_heads);
   if (kept != nullptr) {
     memory.selection = tidy(*kept);

@@ -38,6 +38,12 @@ struct Call {
   KeyPages k_pages = {}, v_pages = {};  // of the one sequence of a call over a cache, which only attend of the cpu sees
 };
 
+// On the host: the transpose is not that of the ids, or not yet. attend refuses it until index has written it.
+inline void mark_stale(const Selection& selection) { *static_cast<std::int64_t*>(selection.offsets.data) = -1; }
+inline bool is_stale(const Selection& selection) {
+  return *static_cast<const std::int64_t*>(selection.offsets.data) == -1;
+}
+
 // What forward keeps in the workspace between its steps.
 struct Intermediates {
   Tensor q_rotated, k_rotated;  // as q and k; only with a rope
@@ -73,10 +79,10 @@ inline std::int64_t visible_keys(std::int64_t position, std::int64_t start, std:
 
 // The steps; every backend has the same ones with the same names, in a namespace of its own. Stage by stage they are
 // what moba/attention.h says of the functions of the same name; forward is all of them, after the choice of full
-// attention (Plan::Impl::forward_is_dense). choose_all is what a selection keeps of a forward that was dense: every
-// block that a row sees; null on the host, where it is marked as not written. backward and dense_backward take the q
-// and k that were attended to, so rotated ones where the plan has a rope, and there they turn dq and dk back: those are
-// the gradients of the unrotated q and k.
+// attention (Plan::Impl::forward_is_dense). choose_all is what a selection keeps of a forward that was dense: on a
+// device every block that a row sees, on the host that it is not written. backward and dense_backward take the q and k
+// that were attended to, so rotated ones where the plan has a rope, and there they turn dq and dk back: those are the
+// gradients of the unrotated q and k.
 struct Steps {
   void (*rope)(const Call& call, const Tensor& q_rotated, const Tensor& k_rotated);
   void (*pool)(const Call& call, const Tensor& centroids);

@@ -24,12 +24,15 @@ void forward_by_steps(const Call& given, const Intermediates& memory, const Outp
   steps.attend(call, memory.selection, outputs);
 }
 
+// backward, which reads the transpose here, is to know that there is none.
+void choose_none(const Call&, const Selection& selection) { mark_stale(selection); }
+
 }  // namespace
 
 const Steps reference::kSteps = {reference::rope,   reference::pool,     reference::gate,          reference::index,
                                  reference::attend, reference::dense,    reference::merge,         forward_by_steps,
-                                 nullptr,           reference::backward, reference::dense_backward};
-const Steps cpu::kSteps = {cpu::rope,  cpu::pool,        cpu::gate, cpu::index,    cpu::attend,        cpu::dense,
-                           cpu::merge, forward_by_steps, nullptr,   cpu::backward, cpu::dense_backward};
+                                 choose_none,       reference::backward, reference::dense_backward};
+const Steps cpu::kSteps = {cpu::rope,  cpu::pool,        cpu::gate,   cpu::index,    cpu::attend,        cpu::dense,
+                           cpu::merge, forward_by_steps, choose_none, cpu::backward, cpu::dense_backward};
 
 }  // namespace moba

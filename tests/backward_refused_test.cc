@@ -7,14 +7,19 @@
 namespace moba::test {
 namespace {
 
+Case small_case(std::int64_t top_k) {
+  return {.q_heads = 4,
+          .kv_heads = 2,
+          .head_dim = 8,
+          .q_lengths = {20, 13},
+          .k_lengths = {25, 33},
+          .config = {.block_size = 8, .top_k = top_k}};
+}
+constexpr std::int64_t kFew = 2, kEvery = 8;  // blocks a row; with all of them forward is dense
+
 // Good arguments of the backward functions and of the forward that keeps its selection; a test spoils one.
 struct Arguments {
-  Case c{.q_heads = 4,
-         .kv_heads = 2,
-         .head_dim = 8,
-         .q_lengths = {20, 13},
-         .k_lengths = {25, 33},
-         .config = {.block_size = 8, .top_k = 2}};
+  Case c;
   Data data{c};
   Plan plan{c.problem(), {.threads = 1}};
   std::vector<std::byte> memory =
@@ -33,7 +38,7 @@ struct Arguments {
   Gradients gradients = slopes.gradients();
   Workspace workspace = memory;
 
-  Arguments() {
+  explicit Arguments(std::int64_t top_k = kFew) : c(small_case(top_k)) {
     forward(plan, inputs, selection, computed.outputs(), workspace);
     results = {computed.out.tensor(), computed.lse.tensor()};
     memory = untouched_memory;
@@ -58,8 +63,9 @@ void call(Function function, Arguments& a) {
   }
 }
 
-void expect_refused(Function function, const std::string& starts_with, const std::function<void(Arguments&)>& spoil) {
-  Arguments a;
+void expect_refused(Function function, const std::string& starts_with, const std::function<void(Arguments&)>& spoil,
+                    std::int64_t top_k = kFew) {
+  Arguments a(top_k);
   spoil(a);
   try {
     call(function, a);
@@ -201,6 +207,17 @@ TEST(BackwardRefused, Selections) {
   expect_refused(kForward, "selection.ids: is not given", [](Arguments& a) { a.into = {}; });
   expect_refused(kForward, "selection.ids: is i32 [33, 2, ", [](Arguments& a) { a.into.ids.shape[1] = 2; });
   expect_refused(kForward, "selection.offsets: is not given", [](Arguments& a) { a.into.offsets = {}; });
+}
+
+// There is nothing to choose, but who gives memory for a selection gives all of it.
+TEST(BackwardRefused, SelectionsWhereForwardIsDense) {
+  expect_refused(
+      kForward, "selection.ids: is not given", [](Arguments& a) { a.into.ids = {}; }, kEvery);
+  expect_refused(
+      kForward, "selection.offsets: is not given", [](Arguments& a) { a.into.offsets = {}; }, kEvery);
+  expect_refused(
+      kForward, "selection.offsets: is in memory that out spans",
+      [](Arguments& a) { a.into.offsets.data = a.outputs.out.data; }, kEvery);
 }
 
 TEST(BackwardRefused, Sequences) {
