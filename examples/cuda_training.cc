@@ -93,7 +93,7 @@ void run() {
                v = upload(made_up(kKeys, 3), stream), dout = upload(Values(kQueries, 0x3f80), stream);
   const Memory out = allocate(kQueries * 2), lse = allocate(kTokens * kQueryHeads * sizeof(float));
   const Memory dq = allocate(kQueries * 2), dk = allocate(kKeys * 2), dv = allocate(kKeys * 2);
-  const Memory ids = allocate(static_cast<std::size_t>(kTokens * kQueryHeads * plan.slots()) * sizeof(std::int32_t));
+  const Memory ids = allocate(plan.ids_bytes());
   const Memory memory = allocate(workspace_bytes);
   const moba::Workspace workspace(memory.get(), workspace_bytes);
 

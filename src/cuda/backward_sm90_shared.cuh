@@ -3,16 +3,14 @@
 //   0        K, V of unit n in stage n % 2, each in bands of 64 columns [128 keys, 128 bytes]
 //   kQ, kDO  Q and dO, tiles in bands [64 rows, 128 bytes]
 //   kDS      dS of one tile, 16 bits, in two bands of 64 keys [64 rows, 128 bytes]
-//   kTerms   the rows' terms (row_terms.cuh), 16 bytes a row, tiles beside those of dO: there is no room for three.
-//   They
-//            come with the tile of Q and go with that of dO
+//   kTerms   the rows' terms (row_terms.cuh), 16 bytes a row, as many tiles as of dO: for one more there is no room.
+//            They come with the tile of Q and go with that of dO
 //   kWeights of the terms of lse, then of delta: 8 equal rows of 16 bytes each
 //   kRing    the units of the two stages
 //   kKey...  barriers of the stages of K, V and Unit. full: the producers and the copy engine -> all others;
 //            empty: all other threads -> the producers
-//   kQ...    of the tiles of Q, kDO... of those of dO. full: the producers -> the key warpgroups; empty: their 8 warps
-//   ->
-//            the producers
+//   kQ...    of the tiles of Q, kDO... of those of dO. full: the producers -> the key warpgroups;
+//            empty: their 8 warps -> the producers
 //   kDS...   of dS. full: the 8 warps of the key warpgroups -> the dQ warpgroup; empty: its 4 warps -> them
 #pragma once
 
