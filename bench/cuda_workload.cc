@@ -37,7 +37,7 @@ CudaWorkload::CudaWorkload(const CudaProblem& problem, cudaStream_t stream)
       dq_(q_bytes(problem.problem)),
       dk_(k_bytes(problem.problem)),
       dv_(k_bytes(problem.problem)),
-      selection_memory_(plan.selection_bytes()),
+      ids_(plan.ids_bytes()),
       backward_workspace_(plan.backward_workspace_bytes()) {
   const Problem& p = plan.problem();
   const Tensor q = tensor(q_, p.total_q, p.q_heads), k = tensor(k_, p.total_k, p.kv_heads),
@@ -52,7 +52,8 @@ CudaWorkload::CudaWorkload(const CudaProblem& problem, cudaStream_t stream)
   inputs_ = {q, k, v, cu_seqlens, cu_seqlens};
   outputs_ = {tensor(out_, p.total_q, p.q_heads),
               Tensor(lse_.data(), DType::f32, {p.q_heads, p.total_q}, Device::cuda, plan.options().cuda_device)};
-  selection_ = make_selection(plan, selection_memory_.span());
+  selection_.ids =
+      Tensor(ids_.data(), DType::i32, {p.total_q, p.q_heads, plan.slots()}, Device::cuda, plan.options().cuda_device);
   gradients_ = {tensor(dq_, p.total_q, p.q_heads), tensor(dk_, p.total_k, p.kv_heads),
                 tensor(dv_, p.total_k, p.kv_heads)};
 }
@@ -149,7 +150,7 @@ Digest CudaWorkload::gradients() const {
 }
 
 std::size_t CudaWorkload::training_bytes() const {
-  return plan.selection_bytes() + std::max(plan.workspace_bytes(), plan.backward_workspace_bytes());
+  return plan.ids_bytes() + std::max(plan.workspace_bytes(), plan.backward_workspace_bytes());
 }
 
 double CudaWorkload::longest_list() {

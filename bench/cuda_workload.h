@@ -55,8 +55,8 @@ class CudaWorkload {
   CudaBuffer q_, k_, v_, out_, lse_, starts_, workspace_;
   CudaBuffer centroids_;              // staged
   CudaBuffer rotated_q_, rotated_k_;  // rope
-  CudaBuffer dout_, dq_, dk_, dv_, selection_memory_, backward_workspace_;
-  Selection selection_;
+  CudaBuffer dout_, dq_, dk_, dv_, ids_, backward_workspace_;
+  Selection selection_;  // ids alone, all that backward needs
   Gradients gradients_;
   Inputs inputs_;
   Outputs outputs_;
