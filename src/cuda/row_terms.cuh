@@ -13,8 +13,8 @@
 
 namespace moba::cuda {
 
-// Scores are divided by no less, or the terms of a row would not be finite where the scale is 0. By exp2 they weigh the
-// same: a score times this is as good as 0.
+// lse is divided by no smaller scale, or its terms would not be finite where the scale is 0. To exp2 the two are alike:
+// a score times either is as good as 0.
 inline constexpr float kLeastScale = 1e-36f;
 
 // Infinities become the largest numbers there are terms of: times a weight of 0 they would be NaN. exp2 of such a
