@@ -334,6 +334,7 @@ void check_transpose(const Call& call, const Selection& selection) {
   const std::int64_t lists = selection.offsets.shape[0] - 1, group = call.plan.group;
   const std::string allowed =
       "what index() writes: ascending from 0 to at most " + std::to_string(selection.rows.shape[0]);
+  if (is_stale(selection)) refuse("selection.offsets[0]", "-1, as long as it is not written for these ids", allowed);
   if (offsets[0] != 0) refuse("selection.offsets[0]", offsets[0], allowed);
   for (std::int64_t list = 0; list < lists; ++list) {
     if (offsets[list + 1] < offsets[list] || offsets[list + 1] > selection.rows.shape[0]) {

@@ -113,6 +113,9 @@ void print_times(const AttentionFile& file, const Plan& plan, std::vector<StageT
 }  // namespace
 
 void backward(const BackwardArguments& arguments) {
+  if (arguments.quiet && arguments.check == CheckGradients::always) {
+    throw Error("--check: is always; allowed with --quiet, which prints no errors: auto, never");
+  }
   if (!arguments.output.empty()) check_output(arguments.output, arguments.input);
   const AttentionFile file = read_attention_file(arguments.input);
   const Plan plan(file.problem(arguments.attention), arguments.attention.options);

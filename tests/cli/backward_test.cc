@@ -224,6 +224,8 @@ TEST_F(CliBackward, Refusals) {
   const std::string help = " (see moba backward --help)";
   refuse({}, kWrongCommandLine, "IN is required" + help);
   refuse({in_, "--quiet"}, kWrongCommandLine, "--quiet requires --output" + help);
+  refuse({in_, "--quiet", "-o", out_, "--check", "always"}, kRefused,
+         "--check: is always; allowed with --quiet, which prints no errors: auto, never");
   refuse({in_, "--check", "maybe"}, kWrongCommandLine, "--check: is 'maybe'; allowed: auto, always, never" + help);
   refuse({in_, "--seed", "-1"}, kWrongCommandLine, "--seed: is '-1'; allowed: whole numbers from 0 to 2^63 - 1" + help);
   refuse({in_, "--repeat", "0"}, kWrongCommandLine, "--repeat: is '0'; allowed: whole numbers from 1 to 1000" + help);
