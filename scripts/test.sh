@@ -117,6 +117,7 @@ project(embed LANGUAGES CXX)
 set(MOBA_SHARED OFF)
 set(MOBA_INSTALL ON)
 set(MOBA_WERROR ON)
+set(MOBA_CUDA_ARCHITECTURES 90-real) # where nvcc is found: one tells as much here as all that the phase build compiles
 add_subdirectory($PWD moba)
 add_executable(consumer $PWD/examples/consumer/main.cc)
 target_link_libraries(consumer PRIVATE moba::moba)
