@@ -1,5 +1,4 @@
 // moba backward: gradients of tensors in a file, timed and held against float64.
-#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <optional>

@@ -1,6 +1,7 @@
 // moba bench: times of a problem given as text, on random tensors.
 #include <algorithm>
 #include <cstdio>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <numeric>
 
@@ -43,32 +44,38 @@ void add(std::vector<Samples>& samples, const std::vector<StageTime>& times) {
   for (std::size_t i = 0; i < times.size(); ++i) samples[i].seconds.push_back(times[i].seconds);
 }
 
-// One warm-up, then `repeat` timed passes of the stages; the last entry is MoBA as a whole.
-std::vector<Samples> time_stages(const Plan& plan, const Inputs& inputs, const Arithmetic& arithmetic, int repeat,
-                                 Progress& progress) {
-  StagedForward forward(plan, inputs);
+// One warm-up, then `repeat` timed passes.
+std::vector<Samples> time_passes(int repeat, const Arithmetic& arithmetic,
+                                 const std::function<std::vector<StageTime>()>& pass) {
   std::vector<Samples> samples;
   for (int i = -1; i < repeat; ++i) {
-    std::vector<StageTime> times = forward.run(progress);
-    times.push_back({"total", total_seconds(times)});
-    if (whole_differs(plan)) times.push_back(forward.run_whole(progress));
+    std::vector<StageTime> times = pass();
     count_flop(times, arithmetic);
     if (i >= 0) add(samples, times);
   }
   return samples;
 }
 
+// Of the stages; the last entry is MoBA as a whole.
+std::vector<Samples> time_stages(const Plan& plan, const Inputs& inputs, const Arithmetic& arithmetic, int repeat,
+                                 Progress& progress) {
+  StagedForward forward(plan, inputs);
+  return time_passes(repeat, arithmetic, [&] {
+    std::vector<StageTime> times = forward.run(progress);
+    times.push_back({"total", total_seconds(times)});
+    if (whole_differs(plan)) times.push_back(forward.run_whole(progress));
+    return times;
+  });
+}
+
 Samples time_dense(const Plan& plan, const Inputs& inputs, const Arithmetic& arithmetic, int repeat,
                    Progress& progress) {
   const Results results(plan);
   const PlacedMemory workspace(Place(plan), plan.workspace_bytes(), "the workspace");
-  std::vector<Samples> samples;
-  for (int i = -1; i < repeat; ++i) {
-    std::vector<StageTime> times{run_dense(plan, inputs, results.outputs, workspace.span(), progress)};
-    count_flop(times, arithmetic);
-    if (i >= 0) add(samples, times);
-  }
-  return samples.front();
+  const auto pass = [&] {
+    return std::vector<StageTime>{run_dense(plan, inputs, results.outputs, workspace.span(), progress)};
+  };
+  return time_passes(repeat, arithmetic, pass).front();
 }
 
 // Behind a forward that keeps its selection.
@@ -79,13 +86,7 @@ Samples time_backward(const Plan& plan, const Inputs& inputs, const Arithmetic& 
   const PlacedTensor dout(Place(plan), random_tensor(memory, p.dtype, p.total_q, p.q_heads, p.head_dim, kSeed + 1),
                           "dout");
   Training training(plan, inputs, dout.tensor());
-  std::vector<Samples> samples;
-  for (int i = -1; i < repeat; ++i) {
-    std::vector<StageTime> times{training.run(progress).back()};
-    count_flop(times, arithmetic);
-    if (i >= 0) add(samples, times);
-  }
-  return samples.front();
+  return time_passes(repeat, arithmetic, [&] { return training.run(progress); }).back();
 }
 
 void print_table(const std::vector<Samples>& samples, const RateUnit& unit) {

@@ -23,10 +23,12 @@ MemoryUse memory_use(const Plan& plan) {
   use.workspace = static_cast<double>(plan.workspace_bytes());
   use.backward_workspace = static_cast<double>(plan.backward_workspace_bytes());
   use.selection = static_cast<double>(plan.selection_bytes());
-  use.kept_selection = plan.options().backend == Backend::cuda ? use.ids : use.selection;
+  use.kept_selection = needs_ids_alone(plan) ? use.ids : use.selection;
   use.stages = use.selection + centroids + (problem.rope ? use.q + use.k : 0.0);
   return use;
 }
+
+bool needs_ids_alone(const Plan& plan) { return plan.options().backend == Backend::cuda; }
 
 void require_memory(const Plan& plan, const Demand& demand) {
   if (plan.options().backend != Backend::cuda) return require_memory(demand.inputs + demand.computing + demand.host);

@@ -30,6 +30,9 @@ struct MemoryUse {
 
 MemoryUse memory_use(const Plan& plan);
 
+// Whether backward needs no more of a selection than its ids.
+bool needs_ids_alone(const Plan& plan);
+
 // What a command takes, in bytes.
 struct Demand {
   double inputs = 0;     // on the host and, if that is a GPU, where the plan computes

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
+#include "memory_use.h"
+
 namespace moba::cli {
 namespace {
-
-bool needs_ids_alone(const Plan& plan) { return plan.options().backend == Backend::cuda; }
 
 std::size_t kept_bytes(const Plan& plan) {
   if (plan.forward_is_dense()) return 0;
