@@ -236,19 +236,7 @@ TEST_F(CudaDeterminism, GraphsGiveWhatCallsGive) {
       for (const bool stages : {false, true}) {
         SCOPED_TRACE(::testing::Message() << c << ", " << family << (stages ? ", stages" : ", forward"));
         Resident resident(c, first, family);
-        std::vector<std::vector<Bits>> direct;
-        for (const Data* data : {&first, static_cast<const Data*>(&second)}) {
-          resident.upload(*data, stream);
-          resident.run(stages, stream);
-          direct.push_back(resident.results(stream));
-        }
-        EXPECT_FALSE(direct[0] == direct[1]);
-        const Graph graph(stream, [&] { resident.run(stages, stream); });
-        for (int i = 0; i < 6; ++i) {
-          resident.upload(i % 2 == 0 ? first : second, stream);
-          graph.launch(stream);
-          EXPECT_TRUE(resident.results(stream) == direct[i % 2]) << "replay " << i;
-        }
+        expect_replays(resident, first, second, stream, [&] { resident.run(stages, stream); });
       }
     }
   }

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
 
 #include <functional>
+#include <vector>
 
 #include "cuda/launch.h"
 
@@ -30,5 +32,24 @@ class Graph {
   cudaGraph_t graph_ = nullptr;
   cudaGraphExec_t executable_ = nullptr;
 };
+
+// A captured run of `resident` is played with other inputs in the same places, and gives what calls on them give.
+// `run` puts a run on the stream.
+template <class Resident, class Given, class Run>
+void expect_replays(Resident& resident, const Given& first, const Given& second, cudaStream_t stream, const Run& run) {
+  std::vector<decltype(resident.results(stream))> direct;
+  for (const Given* given : {&first, &second}) {
+    resident.upload(*given, stream);
+    run();
+    direct.push_back(resident.results(stream));
+  }
+  EXPECT_FALSE(direct[0] == direct[1]);
+  const Graph graph(stream, run);
+  for (int i = 0; i < 6; ++i) {
+    resident.upload(i % 2 == 0 ? first : second, stream);
+    graph.launch(stream);
+    EXPECT_TRUE(resident.results(stream) == direct[i % 2]) << "replay " << i;
+  }
+}
 
 }  // namespace moba::test
