@@ -6,7 +6,7 @@
 #   ./scripts/test.sh PHASE...    these phases only, e.g. `./scripts/test.sh format tidy`
 #
 #   format    clang-format: the sources look as .clang-format says
-#   build     Release, warnings are errors
+#   build     Release, warnings are errors; the benchmarks, and kernels for every GPU, in the full run only
 #   tests     ctest
 #   package   installs to build/check, then builds examples/consumer against that, by find_package and by pkg-config
 #   demo      the program on data/, as ./scripts/demo.sh runs it: it ends well, and leaves a picture
@@ -41,7 +41,9 @@ esac
 chosen() { [[ " ${phases[*]} " == *" $1 "* ]]; }
 
 check=$PWD/build/check     # where packages are installed to and consumers built
-with_bench=OFF             # the benchmarks are compiled in the full run only
+# Of the phase build, but in the full run. Every GPU can run this: one that is neither translates the kernels of the first
+# when it loads them.
+build_options=(-DMOBA_BENCH=OFF '-DMOBA_CUDA_ARCHITECTURES=80;90-real')
 cxx=${CXX:-g++}
 jobs=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 
@@ -49,7 +51,7 @@ sources() { find include src tools tests fuzz bench examples -regex '.*\.\(h\|cc
 
 run_format() { sources | xargs clang-format-14 --dry-run --Werror; }
 
-run_build() { build ci -DMOBA_BENCH="$with_bench"; }
+run_build() { build ci "${build_options[@]}"; }
 
 run_tests() { ctest --preset ci -j "$jobs"; }
 
@@ -178,7 +180,7 @@ fi
 if chosen format || chosen tidy; then packages+=("${lint_packages[@]}"); fi
 if chosen figures; then packages+=("${bench_packages[@]}"); fi
 if chosen build && { chosen tidy || chosen figures; }; then
-  with_bench=ON
+  build_options=(-DMOBA_BENCH=ON -UMOBA_CUDA_ARCHITECTURES)
   packages+=("${bench_packages[@]}")
 fi
 require_packages "${packages[@]}"
