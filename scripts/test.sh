@@ -6,7 +6,7 @@
 #   ./scripts/test.sh PHASE...    these phases only, e.g. `./scripts/test.sh format tidy`
 #
 #   format    clang-format: the sources look as .clang-format says
-#   build     Release, warnings are errors; the benchmarks, and kernels for every GPU, in the full run only
+#   build     Release, warnings are errors; the benchmarks in the full run only
 #   tests     ctest
 #   package   installs to build/check, then builds examples/consumer against that, by find_package and by pkg-config
 #   demo      the program on data/, as ./scripts/demo.sh runs it: it ends well, and leaves a picture
@@ -40,10 +40,8 @@ case ${1:-} in
 esac
 chosen() { [[ " ${phases[*]} " == *" $1 "* ]]; }
 
-check=$PWD/build/check # where packages are installed to and consumers built
-# What the phase build leaves out where neither tidy nor figures follows: the benchmarks, and kernels made for other GPUs
-# than these two, which translate those of the first when they load them.
-build_options=(-DMOBA_BENCH=OFF '-DMOBA_CUDA_ARCHITECTURES=80;90-real')
+check=$PWD/build/check     # where packages are installed to and consumers built
+with_bench=OFF             # the phase build compiles the benchmarks where tidy or figures follows
 cxx=${CXX:-g++}
 jobs=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 
@@ -51,7 +49,8 @@ sources() { find include src tools tests fuzz bench examples -regex '.*\.\(h\|cc
 
 run_format() { sources | xargs clang-format-14 --dry-run --Werror; }
 
-run_build() { build ci "${build_options[@]}"; }
+# Where nvcc is found: kernels for these GPUs rather than for all. Newer ones translate those of the first when they load them.
+run_build() { build ci -DMOBA_BENCH="$with_bench" '-DMOBA_CUDA_ARCHITECTURES=80;90-real'; }
 
 run_tests() { ctest --preset ci -j "$jobs"; }
 
@@ -114,6 +113,8 @@ run_figures() {
 }
 
 run_embed() {
+  local newest
+  newest=$(nvcc --list-gpu-arch 2>/dev/null | sed 's/^compute_//' | sort -n | tail -n 1 || true)
   mkdir -p "$check/embed"
   cat >"$check/embed/CMakeLists.txt" <<EOF
 cmake_minimum_required(VERSION 3.25)
@@ -121,7 +122,7 @@ project(embed LANGUAGES CXX)
 set(MOBA_SHARED OFF)
 set(MOBA_INSTALL ON)
 set(MOBA_WERROR ON)
-set(MOBA_CUDA_ARCHITECTURES 90-real) # where nvcc is found: one tells as much here as all that the phase build compiles
+set(MOBA_CUDA_ARCHITECTURES ${newest:-90}-real) # where nvcc is found: the newest that it knows, which the phase build left out
 add_subdirectory($PWD moba)
 add_executable(consumer $PWD/examples/consumer/main.cc)
 target_link_libraries(consumer PRIVATE moba::moba)
@@ -180,7 +181,7 @@ fi
 if chosen format || chosen tidy; then packages+=("${lint_packages[@]}"); fi
 if chosen figures; then packages+=("${bench_packages[@]}"); fi
 if chosen build && { chosen tidy || chosen figures; }; then
-  build_options=(-DMOBA_BENCH=ON -UMOBA_CUDA_ARCHITECTURES)
+  with_bench=ON
   packages+=("${bench_packages[@]}")
 fi
 require_packages "${packages[@]}"

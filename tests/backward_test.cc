@@ -87,8 +87,8 @@ std::vector<Case> cases() {
          .q_heads = 4,
          .kv_heads = 2,
          .head_dim = 32,
-         .q_lengths = {1100},
-         .k_lengths = {1300},
+         .q_lengths = {kSanitized ? 600 : 1100},
+         .k_lengths = {kSanitized ? 700 : 1300},
          .config = {.block_size = 64, .top_k = 3}});
   }
   return all;
@@ -260,7 +260,7 @@ TEST(Backward, WorkspaceIsAllThatItTakes) {
       const Slopes expected = run.backward(data.inputs(), chosen, results, dout);
       const std::size_t bytes = run.plan().backward_workspace_bytes();
       for (const std::size_t start : {64, 65, 127}) {
-        for (const int content : {0, 0xff, 0x7f}) {
+        for (const int content : kSanitized ? std::vector{0xff} : std::vector{0, 0xff, 0x7f}) {
           std::vector<std::byte> memory(bytes + start + 64, static_cast<std::byte>(content));
           Slopes got(run.plan().problem());
           backward(run.plan(), data.inputs(), chosen.selection(), {results.out.tensor(), results.lse.tensor()},
