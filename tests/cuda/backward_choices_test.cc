@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cases.h"
+#include "cuda/setup.h"
 #include "training.h"
 
 namespace moba::test {
@@ -140,6 +141,32 @@ TEST_F(CudaBackwardChoices, SinkSkewed) {
     for (std::int64_t token = 0; token < 1500; ++token) EXPECT_EQ(trained.chosen->row(token, 1).front(), 0);
     EXPECT_TRUE(near(*given, trained, cpu_gradients(*given, trained))) << given->c;
   });
+}
+
+// One list of more rows than a unit takes, in one slab and in slabs of the tokens: what its units have of its keys is
+// added up.
+TEST_F(CudaBackwardChoices, SmallListsThatAreCut) {
+  for (const auto& [d, causal] :
+       {std::pair{64, true}, {64, false}, {128, true}, {128, false}, {96, true}, {256, false}}) {
+    Case c{.name = "cut", .dtype = DType::bf16, .q_heads = 9, .head_dim = d, .q_lengths = {200}, .k_lengths = {200}};
+    c.config = {.block_size = 144, .top_k = 1, .causal = causal};
+    const Given given(c);
+    const Chosen sink = choose(c, true, [](auto, auto) { return std::vector<std::int32_t>{0}; });
+    for (const std::string& family : families(c.problem())) {
+      for (const bool has_slabs : {false, true}) {
+        CudaRunner run(c.problem(), cuda_options(family, has_slabs ? training_limit(c.problem(), family, 0) : 0));
+        SCOPED_TRACE(::testing::Message() << c << ", " << run.plan().kernels());
+        const cuda::Setup& setup = *run.plan().impl().cuda;
+        EXPECT_EQ(has_slabs_and_passes(run.plan()), has_slabs);
+        for (const cuda::BackwardSetup& backward : {setup.chosen_backward, setup.dense_backward}) {
+          EXPECT_GT(backward.slab_tokens * setup.shape.group, backward.sections.last_most_rows) << "nothing is cut";
+        }
+        for (const Trained& trained : {train_on(run, given, sink), train_dense(run, given)}) {
+          EXPECT_TRUE(near(given, trained, f64_gradients(given, trained))) << (trained.chosen ? "" : "all keys");
+        }
+      }
+    }
+  }
 }
 
 // So many rows that key heads go in several sections, whose units differ in size: the sink's list is cut in each.

@@ -19,7 +19,7 @@ Given others_of(const Given& first) {
   return second;
 }
 
-void expect_replays(const ResidentTraining& resident, const Given& first, bool all_keys) {
+void expect_training_replays(const ResidentTraining& resident, const Given& first, bool all_keys) {
   const cudaStream_t stream = test_stream();
   expect_replays(resident, first, others_of(first), stream, [&] { resident.run(all_keys, stream); });
 }
@@ -50,7 +50,7 @@ TEST_F(CudaBackwardGraphs, GiveWhatCallsGive) {
     for (const std::string& family : families(given.c.problem())) {
       for (const bool all_keys : {false, true}) {
         SCOPED_TRACE(::testing::Message() << given.c << ", " << family << (all_keys ? ", all keys" : ""));
-        expect_replays(ResidentTraining(choice, cuda_options(family)), given, all_keys);
+        expect_training_replays(ResidentTraining(choice, cuda_options(family)), given, all_keys);
       }
     }
   }
@@ -83,7 +83,7 @@ TEST_F(CudaBackwardGraphs, OfPlansWithLittleMemory) {
         SCOPED_TRACE(::testing::Message() << choice.given.c << ", " << resident.plan.kernels() << ", limit " << limit
                                           << (choice.sink ? ", sink" : ""));
         EXPECT_TRUE(has_slabs_and_passes(resident.plan));
-        for (const bool all_keys : {false, true}) expect_replays(resident, choice.given, all_keys);
+        for (const bool all_keys : {false, true}) expect_training_replays(resident, choice.given, all_keys);
       }
     }
   }
@@ -101,7 +101,7 @@ TEST_F(CudaBackwardGraphs, OfWholeSelections) {
       for (const std::size_t limit : {std::size_t{0}, training_limit(problem, family, 0)}) {
         const ResidentTraining resident(choice, cuda_options(family, limit), Keeps::all);
         SCOPED_TRACE(::testing::Message() << choice.given.c << ", " << resident.plan.kernels() << ", limit " << limit);
-        expect_replays(resident, choice.given, false);
+        expect_training_replays(resident, choice.given, false);
         std::int64_t mark = 0;
         std::memcpy(&mark, resident.offsets.bytes(test_stream()).data(), sizeof(mark));
         EXPECT_EQ(mark, -1) << "the transpose is out of date";

@@ -230,8 +230,8 @@ TEST_F(CudaBackward, SmallEveryBlock) {
   }
 }
 
-// Against float64 from end to end, and from the same out and lse: each gradient of MoBA is no further from it than 1.5
-// times what those of full attention are.
+// From end to end, and from the same out and lse: each gradient of MoBA is no further from what it should be (by the
+// cpu in float32, within 1e-5 of float64) than 1.5 times what those of full attention are.
 TEST_F(CudaBackward, ErrorsAreThoseOfFullAttention) {
   std::vector<Case> cases;
   for (const auto& [d, block_size, k] : {std::tuple{128, 128, 4}, {64, 64, 3}, {96, 256, 3}}) {

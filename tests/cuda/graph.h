@@ -35,11 +35,11 @@ class Graph {
 
 // A captured run of `resident` is played with other inputs in the same places, and gives what calls on them give.
 // `run` puts a run on the stream.
-template <class Resident, class Given, class Run>
-void expect_replays(Resident& resident, const Given& first, const Given& second, cudaStream_t stream, const Run& run) {
+template <class Resident, class Input, class Run>
+void expect_replays(Resident& resident, const Input& first, const Input& second, cudaStream_t stream, const Run& run) {
   std::vector<decltype(resident.results(stream))> direct;
-  for (const Given* given : {&first, &second}) {
-    resident.upload(*given, stream);
+  for (const Input* input : {&first, &second}) {
+    resident.upload(*input, stream);
     run();
     direct.push_back(resident.results(stream));
   }
