@@ -123,17 +123,15 @@ class Figures {
     std::fprintf(stderr, "\n");
   }
 
-  // The stages follow each other: what bounds one does not overlap with what bounds the next.
   double least_seconds(const std::string& stage, const std::map<std::string, Amount>& work) const {
-    const auto of = [&](const char* one) { return roofline_->seconds(work.at(one).flop, work.at(one).byte); };
-    if (stage != "forward") return of(stage.c_str());
-    const Amount& whole = work.at("forward");
-    double sum = 0, byte = 0;
-    for (const char* const one : {"pool", "gate", "index", "attend", "merge"}) {
-      sum += of(one);
-      byte += work.at(one).byte;
+    double seconds = 0;
+    Amount rest = work.at(stage);
+    for (const std::string& one : stages_of(stage)) {
+      const Amount& part = work.at(one);
+      seconds += roofline_->seconds(part.flop, part.byte);
+      rest = {rest.flop - part.flop, rest.byte - part.byte};
     }
-    return sum + roofline_->seconds(0, whole.byte - byte);  // rope, where there is one
+    return seconds + roofline_->seconds(rest.flop, rest.byte);  // rope, where there is one; or a stage
   }
 
   std::optional<Roofline> roofline_;

@@ -1,6 +1,7 @@
 #include "cuda_roofline.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace moba::bench {
 
@@ -34,6 +35,18 @@ std::optional<Roofline> roofline_of(const std::string& device) {
   return kH200;
 }
 
+std::vector<std::string> stages_of(const std::string& call) {
+  const std::vector<std::string> forward = {"pool", "gate", "index", "attend", "merge"};
+  const std::vector<std::string> backward = {"backward_rows", "backward_index", "backward_products",
+                                             "backward_queries"};
+  if (call == "forward") return forward;
+  if (call == "backward") return backward;
+  if (call != "training") return {};
+  std::vector<std::string> both = forward;
+  both.insert(both.end(), backward.begin(), backward.end());
+  return both;
+}
+
 std::map<std::string, Amount> amounts(const Plan& plan, const std::vector<std::int64_t>& starts) {
   const Problem& p = plan.problem();
   const Arithmetic work = plan.arithmetic(starts, starts);
@@ -43,27 +56,26 @@ std::map<std::string, Amount> amounts(const Plan& plan, const std::vector<std::i
   const double centroids = 2 * d * static_cast<double>(plan.max_blocks() * p.kv_heads);
   const double entries = count_entries(plan, starts), ids = 4 * rows * static_cast<double>(plan.slots());
   const double partials = entries * (2 * d + 4), list = 4 * entries, results = q + 4 * rows;
+  const double slopes = entries * 2 * d, values = 8 * rows;
   std::map<std::string, Amount> all;
   all["pool"] = {0, k + centroids};
   all["gate"] = {work.gate, q + centroids + ids};
   all["index"] = {0, ids + list + ids};  // the ids again, as the places of their partial results
   all["attend"] = {work.attend, q + 2 * k + list + partials};
   all["merge"] = {0, ids + partials + results};
-  Amount sum;
-  for (const auto& [stage, amount] : all) sum = {sum.flop + amount.flop, sum.byte + amount.byte};
   all["rope"] = {0, 2 * (q + k)};
-  if (p.rope) sum.byte += all["rope"].byte;
-  all["forward"] = sum;
-  const double slopes = entries * 2 * d, values = 8 * rows;
   all["backward_rows"] = {0, 2 * q + values + 4 * rows};
   all["backward_index"] = all["index"];
   all["backward_products"] = {work.backward, 2 * q + 2 * k + list + values + slopes + 2 * k};
   all["backward_queries"] = {0, ids + slopes + q};
-  all["backward"] = {work.backward, all["backward_rows"].byte + all["index"].byte + all["backward_products"].byte +
-                                        all["backward_queries"].byte};
-  all["training"] = {sum.flop + work.backward, sum.byte + all["backward"].byte};
-  all["dense_backward"] = {work.dense_backward, 3 * q + 4 * k + 4 * rows};
   all["dense"] = {work.dense, q + 2 * k + results};
+  all["dense_backward"] = {work.dense_backward, 4 * q + 4 * k + 4 * rows};
+  for (const auto& [call, ropes] : {std::pair{"forward", 1}, {"backward", 2}, {"training", 3}}) {
+    Amount sum;
+    for (const std::string& stage : stages_of(call)) sum = {sum.flop + all[stage].flop, sum.byte + all[stage].byte};
+    if (p.rope) sum.byte += ropes * all["rope"].byte;  // backward rotates q and k again, and turns dq and dk back
+    all[call] = sum;
+  }
   return all;
 }
 

@@ -29,8 +29,11 @@ struct Amount {
   double byte = 0;
 };
 
-// Of the stages pool, gate, index, attend and merge of a causal batch whose queries and keys have the same lengths; of
-// "forward", which is their sum; and of "dense" and "rope".
+// The stages of the calls "forward", "backward" and "training" that have an amount, but for the ropes; none of others.
+std::vector<std::string> stages_of(const std::string& call);
+
+// Of those stages of a causal batch whose queries and keys have the same lengths, by name; of those calls, their sums
+// and the ropes; of "rope", "dense" and "dense_backward".
 std::map<std::string, Amount> amounts(const Plan& plan, const std::vector<std::int64_t>& starts);
 
 }  // namespace moba::bench
