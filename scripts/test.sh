@@ -113,8 +113,9 @@ run_figures() {
 }
 
 run_embed() {
-  local newest
-  newest=$(nvcc --list-gpu-arch 2>/dev/null | sed 's/^compute_//' | sort -n | tail -n 1 || true)
+  local nvcc newest
+  nvcc=$(sed -n 's/^CMAKE_CUDA_COMPILER:[A-Z]*=//p' build/ci/CMakeCache.txt 2>/dev/null || true)
+  newest=$("${nvcc:-nvcc}" --list-gpu-arch 2>/dev/null | sed 's/^compute_//' | sort -n | tail -n 1 || true)
   mkdir -p "$check/embed"
   cat >"$check/embed/CMakeLists.txt" <<EOF
 cmake_minimum_required(VERSION 3.25)
@@ -122,7 +123,7 @@ project(embed LANGUAGES CXX)
 set(MOBA_SHARED OFF)
 set(MOBA_INSTALL ON)
 set(MOBA_WERROR ON)
-set(MOBA_CUDA_ARCHITECTURES ${newest:-90}-real) # where nvcc is found: the newest that it knows, which the phase build left out
+set(MOBA_CUDA_ARCHITECTURES ${newest:-90}-real) # for the newest GPU that nvcc knows, which the phase build leaves out
 add_subdirectory($PWD moba)
 add_executable(consumer $PWD/examples/consumer/main.cc)
 target_link_libraries(consumer PRIVATE moba::moba)

@@ -3,7 +3,8 @@
 // Distributions ship oneTBB without the thread sanitizer, which then sees neither the locks inside it nor what they
 // order, and reports races by the dozen. So in that build this file is compiled without it (src/CMakeLists.txt) and
 // tells it of the two orders that a call gives: what came before it comes before the workers, and they before what
-// comes after it. Everything else that threads share is checked, with no suppression.
+// comes after it. Everything else that threads share is checked; the one suppression is of oneTBB itself
+// (cmake/tsan.supp).
 #include "parallel.h"
 
 #include <oneapi/tbb/global_control.h>

@@ -55,7 +55,7 @@ rc::Gen<Case> problems() {
 }
 
 Options any_kernel(DType dtype) {
-  Options options = *rc::gen::elementOf(cpu_kernels(dtype));
+  Options options = *rc::gen::elementOf(every_cpu_kernel(dtype));
   options.threads = static_cast<int>(*between(1, 6));
   return options;
 }

@@ -363,13 +363,9 @@ Options reference_options() {
   return options;
 }
 
-std::vector<Options> cpu_kernels(DType dtype, int threads) {
+std::vector<Options> every_cpu_kernel(DType dtype, int threads) {
   std::vector<Options> kernels;
-  std::vector<std::string> targets = cpu_targets();
-#if defined(__SANITIZE_THREAD__)
-  targets.resize(1);  // how work is shared is the same code for every target
-#endif
-  for (const std::string& target : targets) {
+  for (const std::string& target : cpu_targets()) {
     Options options;
     options.threads = threads;
     options.cpu_target = target;
@@ -379,6 +375,14 @@ std::vector<Options> cpu_kernels(DType dtype, int threads) {
     options.bf16_products = Bf16Products::dot;
     kernels.push_back(options);
   }
+  return kernels;
+}
+
+std::vector<Options> cpu_kernels(DType dtype, int threads) {
+  std::vector<Options> kernels = every_cpu_kernel(dtype, threads);
+#if defined(__SANITIZE_THREAD__)
+  std::erase_if(kernels, [](const Options& options) { return options.cpu_target != cpu_targets().front(); });
+#endif
   return kernels;
 }
 

@@ -208,7 +208,7 @@ Trial draw_trial(const Draw& draw, std::int64_t most_tokens) {
   trial.values = one_of(draw, {Values::noise, Values::noise, Values::whole_numbers, Values::equal_keys,
                                Values::repeated_blocks, Values::large_scores});
   if (trial.values == Values::large_scores) c.q_amplitude = 60, c.k_amplitude = 10;
-  const std::vector<Options> kernels = cpu_kernels(c.dtype);
+  const std::vector<Options> kernels = every_cpu_kernel(c.dtype);
   trial.options = kernels[static_cast<std::size_t>(draw(0, std::ssize(kernels) - 1))];
   trial.options.threads = static_cast<int>(draw(1, 4));
   trial.cache.form = one_of(draw, {CacheForm::contiguous, CacheForm::block_table, CacheForm::csr});
