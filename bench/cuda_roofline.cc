@@ -36,15 +36,12 @@ std::optional<Roofline> roofline_of(const std::string& device) {
 }
 
 std::vector<std::string> stages_of(const std::string& call) {
-  const std::vector<std::string> forward = {"pool", "gate", "index", "attend", "merge"};
-  const std::vector<std::string> backward = {"backward_rows", "backward_index", "backward_products",
-                                             "backward_queries"};
-  if (call == "forward") return forward;
-  if (call == "backward") return backward;
-  if (call != "training") return {};
-  std::vector<std::string> both = forward;
-  both.insert(both.end(), backward.begin(), backward.end());
-  return both;
+  std::vector<std::string> stages;
+  if (call == "forward" || call == "training") stages = {"pool", "gate", "index", "attend", "merge"};
+  if (call == "backward" || call == "training") {
+    stages.insert(stages.end(), {"backward_rows", "backward_index", "backward_products", "backward_queries"});
+  }
+  return stages;
 }
 
 std::map<std::string, Amount> amounts(const Plan& plan, const std::vector<std::int64_t>& starts) {
