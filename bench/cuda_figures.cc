@@ -123,15 +123,13 @@ class Figures {
     std::fprintf(stderr, "\n");
   }
 
-  double least_seconds(const std::string& stage, const std::map<std::string, Amount>& work) const {
+  // The stages follow each other: what bounds one does not overlap with what bounds the next.
+  double least_seconds(const std::string& call, const std::map<std::string, Amount>& work) const {
     double seconds = 0;
-    Amount rest = work.at(stage);
-    for (const std::string& one : stages_of(stage)) {
-      const Amount& part = work.at(one);
-      seconds += roofline_->seconds(part.flop, part.byte);
-      rest = {rest.flop - part.flop, rest.byte - part.byte};
+    for (const std::string& stage : stages_of(call)) {
+      seconds += roofline_->seconds(work.at(stage).flop, work.at(stage).byte);
     }
-    return seconds + roofline_->seconds(rest.flop, rest.byte);  // rope, where there is one; or a stage
+    return seconds;
   }
 
   std::optional<Roofline> roofline_;

@@ -1,7 +1,6 @@
 #include "cuda_roofline.h"
 
 #include <algorithm>
-#include <utility>
 
 namespace moba::bench {
 
@@ -37,11 +36,12 @@ std::optional<Roofline> roofline_of(const std::string& device) {
 
 std::vector<std::string> stages_of(const std::string& call) {
   std::vector<std::string> stages;
-  if (call == "forward" || call == "training") stages = {"pool", "gate", "index", "attend", "merge"};
-  if (call == "backward" || call == "training") {
-    stages.insert(stages.end(), {"backward_rows", "backward_index", "backward_products", "backward_queries"});
+  if (call == "forward" || call == "training") stages = {"rope", "pool", "gate", "index", "attend", "merge"};
+  if (call == "backward" || call == "training") {  // rotates q and k again, and turns dq and dk back
+    stages.insert(stages.end(),
+                  {"rope", "backward_index", "backward_rows", "backward_products", "backward_queries", "rope"});
   }
-  return stages;
+  return stages.empty() ? std::vector{call} : stages;
 }
 
 std::map<std::string, Amount> amounts(const Plan& plan, const std::vector<std::int64_t>& starts) {
@@ -60,17 +60,16 @@ std::map<std::string, Amount> amounts(const Plan& plan, const std::vector<std::i
   all["index"] = {0, ids + list + ids};  // the ids again, as the places of their partial results
   all["attend"] = {work.attend, q + 2 * k + list + partials};
   all["merge"] = {0, ids + partials + results};
-  all["rope"] = {0, 2 * (q + k)};
+  all["rope"] = {0, p.rope ? 2 * (q + k) : 0};
   all["backward_rows"] = {0, 2 * q + values + 4 * rows};
   all["backward_index"] = all["index"];
   all["backward_products"] = {work.backward, 2 * q + 2 * k + list + values + slopes + 2 * k};
   all["backward_queries"] = {0, ids + slopes + q};
   all["dense"] = {work.dense, q + 2 * k + results};
   all["dense_backward"] = {work.dense_backward, 4 * q + 4 * k + 4 * rows};
-  for (const auto& [call, ropes] : {std::pair{"forward", 1}, {"backward", 2}, {"training", 3}}) {
+  for (const char* const call : {"forward", "backward", "training"}) {
     Amount sum;
     for (const std::string& stage : stages_of(call)) sum = {sum.flop + all[stage].flop, sum.byte + all[stage].byte};
-    if (p.rope) sum.byte += ropes * all["rope"].byte;  // backward rotates q and k again, and turns dq and dk back
     all[call] = sum;
   }
   return all;

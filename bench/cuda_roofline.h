@@ -29,11 +29,11 @@ struct Amount {
   double byte = 0;
 };
 
-// The stages of the calls "forward", "backward" and "training" that have an amount, but for the ropes; none of others.
+// The stages of "forward", "backward" and "training" that have an amount; of all else, itself.
 std::vector<std::string> stages_of(const std::string& call);
 
-// Of those stages of a causal batch whose queries and keys have the same lengths, by name; of those calls, their sums
-// and the ropes; of "rope", "dense" and "dense_backward".
+// Of those stages of a causal batch whose queries and keys have the same lengths, by name ("rope": nothing where there
+// is none); of those calls, which are their sums; of "dense" and "dense_backward".
 std::map<std::string, Amount> amounts(const Plan& plan, const std::vector<std::int64_t>& starts);
 
 }  // namespace moba::bench

@@ -378,10 +378,12 @@ std::vector<Options> every_cpu_kernel(DType dtype, int threads) {
   return kernels;
 }
 
+bool is_of_best_target(const Options& options) { return options.cpu_target == cpu_targets().front(); }
+
 std::vector<Options> cpu_kernels(DType dtype, int threads) {
   std::vector<Options> kernels = every_cpu_kernel(dtype, threads);
 #if defined(__SANITIZE_THREAD__)
-  std::erase_if(kernels, [](const Options& options) { return options.cpu_target != cpu_targets().front(); });
+  std::erase_if(kernels, [](const Options& options) { return !is_of_best_target(options); });
 #endif
   return kernels;
 }

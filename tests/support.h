@@ -191,6 +191,7 @@ class Runner {
 Options reference_options();
 // Every way in which the cpu backend can compute with this type: each target, and each kind of bfloat16 products.
 std::vector<Options> every_cpu_kernel(DType dtype, int threads = 2);
+bool is_of_best_target(const Options& options);
 // Those that a test goes through one by one: all, but under the thread sanitizer the best target alone, since how work
 // is shared is the same code for every target. What draws problems at random draws from all.
 std::vector<Options> cpu_kernels(DType dtype, int threads = 2);

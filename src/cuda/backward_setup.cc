@@ -135,8 +135,8 @@ std::size_t choose_portions(const Setup& setup, BackwardSetup& backward, std::si
 
 BackwardMemory::BackwardMemory(Carver& carver, const Setup& setup, const BackwardSetup& backward) {
   const Shape& s = setup.shape;
-  const Slab slab{0, backward.slab_heads, 0, backward.slab_tokens};
-  const Pass pass{backward.sections, backward.part_keys, 0, backward.parts};
+  const Slab slab = backward.slab();
+  const Pass pass = backward.pass();
   const std::int64_t rows = std::int64_t{slab.heads} * slab.tokens * s.group;
   const std::int64_t entries = backward.dense ? rows : rows * s.slots;
   if (!backward.dense) {

@@ -32,6 +32,9 @@ struct BackwardSetup {
   int slab_heads = 1, slab_tokens = 1;  // largest slab
   Sections sections;
 
+  // The most that is done at a time.
+  Slab slab() const { return {0, slab_heads, 0, slab_tokens}; }
+  Pass pass() const { return {sections, part_keys, 0, parts}; }
   // Whether dk and dv are summed up over several slabs.
   bool sums_keys(const Shape& shape) const { return slab_tokens < shape.total_q; }
 };

@@ -121,7 +121,7 @@ TEST(CudaBackwardSetup, LongSequencesTakeLargeSlabs) {
                                  problem_of(1'500'000, 32, 8, 128, {.block_size = 128, .top_k = 8}),
                                  problem_of(10'000'000, 1, 1, 128, {.block_size = 4096, .top_k = 12})}) {
     const Plan::Impl plan = planned(problem, kH200);
-    const cuda::BackwardSetup& backward = plan.cuda->chosen_backward;
+    const BackwardSetup& backward = plan.cuda->chosen_backward;
     const std::int64_t rows = std::int64_t{backward.slab_tokens} * plan.group * plan.slots;
     EXPECT_GE(rows, 64 * plan.max_blocks) << problem.total_q << " tokens, slabs of " << backward.slab_tokens;
     EXPECT_LE(backward_workspace_of(plan), key_sums(problem) + 1536 * kMiB);
@@ -133,15 +133,15 @@ TEST(CudaBackwardSetup, PartsOfASlabHaveNoMoreUnitsThanTheSlab) {
   for (const std::int64_t tokens : {1 << 10, 5000, 1 << 16}) {
     const Problem problem = problem_of(tokens, 28, 7, 128, {.block_size = 256, .top_k = 8});
     const Plan::Impl plan = planned(problem, kH200);
-    const cuda::Shape& shape = plan.cuda->shape;
-    const cuda::BackwardSetup& backward = plan.cuda->chosen_backward;
-    const cuda::Slab whole{0, backward.slab_heads, 0, backward.slab_tokens};
-    const cuda::Pass all{backward.sections, backward.part_keys, 0, backward.parts};
+    const Shape& shape = plan.cuda->shape;
+    const BackwardSetup& backward = plan.cuda->chosen_backward;
+    const Slab whole = backward.slab();
+    const Pass all = backward.pass();
     for (int heads = 1; heads <= whole.heads; ++heads) {
       for (int left = 1; left <= whole.tokens; left += 1 + left / 2) {
         for (int parts = 1; parts <= all.parts; ++parts) {
-          const cuda::Slab slab{0, heads, 0, left};
-          const cuda::Pass pass{all.sections, all.part_keys, 0, parts};
+          const Slab slab{0, heads, 0, left};
+          const Pass pass{all.sections, all.part_keys, 0, parts};
           EXPECT_LE(cuda::backward_unit_capacity(shape, slab, pass), cuda::backward_unit_capacity(shape, whole, all));
           EXPECT_LE(cuda::dense_backward_unit_capacity(shape, slab, pass),
                     cuda::dense_backward_unit_capacity(shape, whole, all));
@@ -160,9 +160,9 @@ ShareCapacity count_shares(const std::vector<std::int64_t>& lists, std::int64_t 
   ShareCapacity count{};
   for (const std::int64_t rows : lists) {
     if (rows <= most_rows) continue;
-    const std::int64_t pieces = (rows + most_rows - 1) / most_rows;
-    const std::int64_t step = ((rows + pieces - 1) / pieces + 63) / 64 * 64;  // whole tiles
-    count.shares += (rows + step - 1) / step;
+    const std::int64_t pieces = ceil_div(rows, most_rows);
+    const std::int64_t step = ceil_div(ceil_div(rows, pieces), 64) * 64;  // whole tiles
+    count.shares += ceil_div(rows, step);
     ++count.splits;
   }
   return count;
@@ -208,8 +208,8 @@ void expect_sections(const Plan::Impl& plan) {
 void expect_room_for_shares(const Plan::Impl& plan) {
   const BackwardSetup& backward = plan.cuda->chosen_backward;
   const Shape& shape = plan.cuda->shape;
-  const Slab slab{0, backward.slab_heads, 0, backward.slab_tokens};
-  const Pass pass{backward.sections, backward.part_keys, 0, backward.parts};
+  const Slab slab = backward.slab();
+  const Pass pass = backward.pass();
   const ShareCapacity room = cuda::share_capacity(shape, slab, pass);
   const std::int64_t last = (slab.heads - 1) % pass.sections.heads + 1, before = slab.heads - last;  // heads
   for (const auto& lists : ways_to_choose(std::int64_t{slab.tokens} * shape.group, shape.slots, shape.max_blocks)) {
