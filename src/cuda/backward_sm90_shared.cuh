@@ -2,7 +2,6 @@
 //
 //   0        K, V of unit n in stage n % 2, each in bands of 64 columns [128 keys, 128 bytes]
 //   kQ, kDO  Q and dO, tiles in bands [64 rows, 128 bytes]
-//   kDS      dS of one tile, 16 bits, in two bands of 64 keys [64 rows, 128 bytes]
 //   kTerms   the rows' terms (row_terms.cuh), 16 bytes a row, as many tiles as of dO: for one more there is no room.
 //            They come with the tile of Q and go with that of dO
 //   kWeights of the terms of lse, then of delta: 8 equal rows of 16 bytes each
@@ -12,6 +11,7 @@
 //   kQ...    of the tiles of Q, kDO... of those of dO. full: the producers -> the key warpgroups;
 //            empty: their 8 warps -> the producers
 //   kDS...   of dS. full: the 8 warps of the key warpgroups -> the dQ warpgroup; empty: its 4 warps -> them
+//   kDS      dS of one tile, 16 bits, in two bands of 64 keys [64 rows, 128 bytes]
 #pragma once
 
 #include <cstdint>
@@ -41,15 +41,16 @@ struct Layout {
   static constexpr int kTermBytes = kTileRows * 16;
   static constexpr int kQ = 2 * kKeyStage;
   static constexpr int kDO = kQ + kQStages * kTileBytes;
-  static constexpr int kDS = kDO + kDOStages * kTileBytes;
-  static constexpr int kTerms = kDS + kTileRows * kKeys * 2;
+  static constexpr int kTerms = kDO + kDOStages * kTileBytes;
   static constexpr int kWeights = kTerms + kDOStages * kTermBytes, kWeightBytes = 8 * 16;
   static constexpr int kRing = kWeights + 2 * kWeightBytes;
   static constexpr int kKeyFull = kRing + 2 * static_cast<int>(sizeof(Unit)), kKeyEmpty = kKeyFull + 2 * 8;
   static constexpr int kQFull = kKeyEmpty + 2 * 8, kQEmpty = kQFull + kQStages * 8;
   static constexpr int kDOFull = kQEmpty + kQStages * 8, kDOEmpty = kDOFull + kDOStages * 8;
   static constexpr int kDSFull = kDOEmpty + kDOStages * 8, kDSEmpty = kDSFull + 8;
-  static constexpr int kBytes = kDSEmpty + 8;
+  static constexpr int kDS = kWeights + 1024;  // memcheck takes what wgmma_add_terms() reads for 2 KB
+  static constexpr int kBytes = kDS + kTileRows * kKeys * 2;
+  static_assert(kDSEmpty + 8 <= kDS);
 };
 
 // A stage of a ring of tiles and the parity of its barriers.
