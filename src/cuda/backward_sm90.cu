@@ -24,6 +24,7 @@
 #include "cuda/backward_sm90_keys.cuh"
 #include "cuda/backward_sm90_producers.cuh"
 #include "cuda/backward_sm90_shared.cuh"
+#include "cuda/backward_sm90_short.cuh"
 #include "cuda/contract.h"
 #include "cuda/lanes.cuh"
 #include "cuda/launch.h"
@@ -40,12 +41,11 @@ namespace {
 
 // The dQ warpgroup. Short keys came by cp.async: the key warpgroups fence them for wgmma before they hand over dS. 64
 // columns at a time: all of 128 would read dS once less, but take 32 registers that are not left.
-template <class T, int d>
+template <class T, class L>
 __device__ __forceinline__ void multiply_queries(const Arguments& arguments, std::uint32_t base, const Unit* ring) {
-  using L = Layout<d>;
   const int t = threadIdx.x % 128, lane = t % 32, warp = __shfl_sync(kAllLanes, t / 32, 0), row = warp * 16 + lane / 4;
-  constexpr int kRowBytes = d * 2;
-  int parity = 0;
+  constexpr int d = L::kHeadDim, kRowBytes = d * 2;
+  Stage<L::kDSStages> stored(0);
   for (int n = 0;; ++n) {
     const int stage = n & 1;
     ptx::barrier_wait(base + L::kKeyFull + stage * 8, (n >> 1) & 1);
@@ -54,12 +54,13 @@ __device__ __forceinline__ void multiply_queries(const Arguments& arguments, std
     if (left == 0) return;
     char* to = arguments.dq + (unit.part * arguments.part_stride + unit.first + row) * kRowBytes + lane % 4 * 16;
     for (; left > 0; left -= kTileRows, to += kTileRows * kRowBytes) {
-      ptx::barrier_wait(base + L::kDSFull, parity);
-      parity ^= 1;
+      const std::uint32_t ds = ptx::operand(base + L::kDS + stored.number * L::kDSBytes);
+      const std::uint32_t ds_empty = base + L::kDSEmpty + stored.number * 8;
+      ptx::barrier_wait(base + L::kDSFull + stored.number * 8, stored.parity);
+      stored.next();
 #pragma unroll
       for (int band = 0; band < d / kBandColumns; ++band) {
         float dq[32];
-        const std::uint32_t ds = ptx::operand(base + L::kDS);
         const std::uint32_t keys = ptx::operand(base) + stage * (L::kKeyStage / 16) + band * (L::kKeyBand / 16);
         ptx::wgmma_fence();
 #pragma unroll
@@ -69,7 +70,7 @@ __device__ __forceinline__ void multiply_queries(const Arguments& arguments, std
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
         ptx::pin(dq);
-        if (band == d / kBandColumns - 1) ptx::barrier_arrive_if(lane == 0, base + L::kDSEmpty);
+        if (band == d / kBandColumns - 1) ptx::barrier_arrive_if(lane == 0, ds_empty);
         const auto word = [&](int i) { return ptx::pack<T>(dq[i] * arguments.scale, dq[i + 1] * arguments.scale); };
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -87,11 +88,10 @@ __device__ __forceinline__ void multiply_queries(const Arguments& arguments, std
   }
 }
 
-template <class T, int d>
-__global__ void __launch_bounds__(Layout<d>::kThreads, 1)
+template <class T, class L>
+__global__ void __launch_bounds__(L::kThreads, 1)
     backward_units(const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
                    const __grid_constant__ Arguments arguments) {
-  using L = Layout<d>;
   extern __shared__ __align__(1024) char shared[];
   const std::uint32_t base = ptx::shared_address(shared);
   Unit* ring = reinterpret_cast<Unit*>(shared + L::kRing);
@@ -110,8 +110,10 @@ __global__ void __launch_bounds__(Layout<d>::kThreads, 1)
       ptx::barrier_init(base + L::kDOFull + i * 8, kProducers);
       ptx::barrier_init(base + L::kDOEmpty + i * 8, kKeyWarps);
     }
-    ptx::barrier_init(base + L::kDSFull, kKeyWarps);
-    ptx::barrier_init(base + L::kDSEmpty, kQueryWarps);
+    for (int i = 0; i < L::kDSStages; ++i) {
+      ptx::barrier_init(base + L::kDSFull + i * 8, L::kKeys / 16);
+      ptx::barrier_init(base + L::kDSEmpty + i * 8, kQueryWarps);
+    }
     ptx::fence_barrier_init();
   }
   if (threadIdx.x < 16) {
@@ -122,13 +124,19 @@ __global__ void __launch_bounds__(Layout<d>::kThreads, 1)
   __syncthreads();
   if (warpgroup == 3) {
     ptx::lower_registers<L::kProducerRegisters>();
-    produce<d>(k_map, v_map, arguments, base, ring);
+    produce<L>(k_map, v_map, arguments, base, ring);
   } else if (warpgroup == 2) {
     ptx::lower_registers<L::kQueryRegisters>();
-    multiply_queries<T, d>(arguments, base, ring);
+    multiply_queries<T, L>(arguments, base, ring);
+  } else if constexpr (L::kKeys > kShortKeys) {
+    ptx::raise_registers<L::kKeyRegisters>();
+    multiply_keys<T, L>(arguments, base, ring, warpgroup);
+  } else if (warpgroup == 1) {
+    ptx::raise_registers<L::kKeyRegisters>();
+    multiply_slopes<T, L>(arguments, base, ring);
   } else {
     ptx::raise_registers<L::kKeyRegisters>();
-    multiply_keys<T, d>(arguments, base, ring, warpgroup);
+    multiply_weights<T, L>(arguments, base, ring);
   }
 }
 
@@ -155,19 +163,19 @@ Arguments arguments_of(const Shape& shape, Slab slab, const BackwardInput& input
           .factor = static_cast<float>(std::max(shape.scale, kLeastScale) * std::numbers::log2e)};
 }
 
-template <class T, int d>
+template <class T, class L>
 void launch_backward(const Shape& shape, const BackwardInput& input, const Arguments& arguments, cudaStream_t stream) {
-  using L = Layout<d>;
   const auto map = [&](const View<const void>& view) {
-    return tensor_map_3d(shape.dtype, view, d, shape.kv_heads, shape.total_k, L::kKeys);
+    return tensor_map_3d(shape.dtype, view, L::kHeadDim, shape.kv_heads, shape.total_k, L::kKeys);
   };
-  launch(Start::early, backward_units<T, d>, dim3(static_cast<unsigned>(shape.sm_count)), L::kThreads, L::kBytes,
+  launch(Start::early, backward_units<T, L>, dim3(static_cast<unsigned>(shape.sm_count)), L::kThreads, L::kBytes,
          stream, map(input.k), map(input.v), arguments);
 }
 
-template <class T>
+template <class T, int keys>
 void launch_backward(const Shape& shape, const BackwardInput& input, const Arguments& arguments, cudaStream_t stream) {
-  (shape.head_dim == 128 ? launch_backward<T, 128> : launch_backward<T, 64>)(shape, input, arguments, stream);
+  (shape.head_dim == 128 ? launch_backward<T, Layout<128, keys>>
+                         : launch_backward<T, Layout<64, keys>>)(shape, input, arguments, stream);
 }
 
 }  // namespace
@@ -177,8 +185,13 @@ void backward_sm90(const Shape& shape, Slab slab, const BackwardInput& input, co
                    const BackwardOutput& output, cudaStream_t stream) {
   if (shape.total_q == 0 || shape.total_k == 0) return;
   const gradient::Arguments arguments = gradient::arguments_of(shape, slab, input, list, output);
-  (shape.dtype == DType::bf16 ? gradient::launch_backward<__nv_bfloat16>
-                              : gradient::launch_backward<__half>)(shape, input, arguments, stream);
+  const bool is_short = output.part_keys <= gradient::kShortKeys;
+  const auto launch = shape.dtype == DType::bf16
+                          ? (is_short ? gradient::launch_backward<__nv_bfloat16, gradient::kShortKeys>
+                                      : gradient::launch_backward<__nv_bfloat16, kSm90PartKeys>)
+                          : (is_short ? gradient::launch_backward<__half, gradient::kShortKeys>
+                                      : gradient::launch_backward<__half, kSm90PartKeys>);
+  launch(shape, input, arguments, stream);
 }
 
 }  // namespace moba::cuda

@@ -1,6 +1,6 @@
 // What the warps of backward_sm90.cu share: shared memory, barriers, registers, arguments.
 //
-//   0        K, V of unit n in stage n % 2, each in bands of 64 columns [128 keys, 128 bytes]
+//   0        K, V of unit n in stage n % 2, each in bands of 64 columns [kKeys, 128 bytes]
 //   kQ, kDO  Q and dO, tiles in bands [64 rows, 128 bytes]
 //   kTerms   the rows' terms (row_terms.cuh), 16 bytes a row, as many tiles as of dO: for one more there is no room.
 //            They come with the tile of Q and go with that of dO
@@ -10,8 +10,9 @@
 //            empty: all other threads -> the producers
 //   kQ...    of the tiles of Q, kDO... of those of dO. full: the producers -> the key warpgroups;
 //            empty: their 8 warps -> the producers
-//   kDS...   of dS. full: the 8 warps of the key warpgroups -> the dQ warpgroup; empty: its 4 warps -> them
-//   kDS      dS of one tile, 16 bits, in two bands of 64 keys [64 rows, 128 bytes]
+//   kDS...   of dS. full: the warps that compute it -> the dQ warpgroup; empty: its 4 warps -> them
+//   kDS      dS of a tile, 16 bits, in bands of 64 keys [64 rows, 128 bytes]
+//   kP       for at most 64 keys: P^T of a tile, 16 bits, as the registers of a warpgroup
 #pragma once
 
 #include <cstdint>
@@ -26,14 +27,36 @@ namespace moba::cuda::gradient {
 
 inline constexpr int kTileRows = 64;
 inline constexpr int kKeyWarps = 8, kQueryWarps = 4;  // of the key warpgroups, of the dQ warpgroup
+inline constexpr int kShortKeys = 64;                 // units of at most so many keys have a layout of their own
 
-// Shared memory in bytes, and who gets the registers: 512 threads start with 128 each and trade.
-template <int d>
-struct Layout {
-  static constexpr int kHeadDim = d, kKeys = kSm90PartKeys;
-  static constexpr int kThreads = 512;
+// Who gets the registers: 512 threads start with 128 each and trade. And how many tiles the rings hold.
+template <int d, int keys>
+struct Budget;
+template <>
+struct Budget<128, 128> {
   static constexpr int kKeyRegisters = 208, kQueryRegisters = 64, kProducerRegisters = 32;
-  static constexpr int kQStages = d == 128 ? 3 : 6, kDOStages = d == 128 ? 2 : 5;
+  static constexpr int kQStages = 3, kDOStages = 2, kDSStages = 1;
+};
+template <>
+struct Budget<64, 128> : Budget<128, 128> {
+  static constexpr int kQStages = 6, kDOStages = 5;
+};
+template <>
+struct Budget<128, 64> {
+  static constexpr int kKeyRegisters = 184, kQueryRegisters = 88, kProducerRegisters = 56;
+  static constexpr int kQStages = 4, kDOStages = 4, kDSStages = 2;
+};
+template <>
+struct Budget<64, 64> : Budget<128, 64> {
+  static constexpr int kQStages = 6, kDOStages = 6;
+};
+
+// Shared memory in bytes, for units of at most `keys` keys.
+template <int d, int keys>
+struct Layout : Budget<d, keys> {
+  using Budget<d, keys>::kQStages, Budget<d, keys>::kDOStages, Budget<d, keys>::kDSStages;
+  static constexpr int kHeadDim = d, kKeys = keys;
+  static constexpr int kThreads = 512;
   static constexpr int kTileBytes = kTileRows * d * 2, kTileBand = kTileRows * kBandBytes;
   static constexpr int kKeyBand = kKeys * kBandBytes;
   static constexpr int kKeyBytes = kKeys * d * 2;  // K or V
@@ -47,10 +70,12 @@ struct Layout {
   static constexpr int kKeyFull = kRing + 2 * static_cast<int>(sizeof(Unit)), kKeyEmpty = kKeyFull + 2 * 8;
   static constexpr int kQFull = kKeyEmpty + 2 * 8, kQEmpty = kQFull + kQStages * 8;
   static constexpr int kDOFull = kQEmpty + kQStages * 8, kDOEmpty = kDOFull + kDOStages * 8;
-  static constexpr int kDSFull = kDOEmpty + kDOStages * 8, kDSEmpty = kDSFull + 8;
+  static constexpr int kDSFull = kDOEmpty + kDOStages * 8, kDSEmpty = kDSFull + kDSStages * 8;
   static constexpr int kDS = kWeights + 1024;  // memcheck takes what wgmma_add_terms() reads for 2 KB
-  static constexpr int kBytes = kDS + kTileRows * kKeys * 2;
-  static_assert(kDSEmpty + 8 <= kDS);
+  static constexpr int kDSBytes = kTileRows * kKeys * 2;
+  static constexpr int kP = kDS + kDSStages * kDSBytes;
+  static constexpr int kBytes = kP + (kKeys == kShortKeys ? kTileRows * kKeys * 2 : 0);
+  static_assert(kDSEmpty + kDSStages * 8 <= kDS);
 };
 
 // A stage of a ring of tiles and the parity of its barriers.
