@@ -141,7 +141,7 @@ __device__ __forceinline__ void multiply_slopes(const Arguments& arguments, std:
   const int t = threadIdx.x % 128, lane = t % 32, warp = __shfl_sync(kAllLanes, t / 32, 0), key = warp * 16 + lane / 4;
   const std::uint32_t from = base + L::kP + t * 16, ds_to = slopes_place(base + L::kDS, warp, lane);
   float dk[L::kHeadDim / 2], dp[32];
-  std::uint32_t p[16], ds[16];  // p: P^T, then dS^T
+  std::uint32_t p[16], ds[16];
   Position<L> at(arguments, base, ring);
   Stage<L::kDSStages> stored(1);
   const auto issue_slopes = [&](std::uint32_t rows, std::uint32_t terms) {
@@ -156,11 +156,7 @@ __device__ __forceinline__ void multiply_slopes(const Arguments& arguments, std:
       ptx::load_shared(from + j * 128 * 16, p[4 * j], p[4 * j + 1], p[4 * j + 2], p[4 * j + 3]);
     }
     ptx::named_barrier_arrive(kWeightsEmpty, kKeyWarps * 32);
-    slopes<T>(p, p, dp);
-  };
-  const auto take_slopes = [&] {
-#pragma unroll
-    for (int j = 0; j < 16; ++j) ds[j] = p[j];
+    slopes<T>(ds, p, dp);
   };
   const auto store_slopes = [&] {
     ptx::barrier_wait(base + L::kDSEmpty + stored.number * 8, stored.parity);
@@ -181,7 +177,6 @@ __device__ __forceinline__ void multiply_slopes(const Arguments& arguments, std:
   ptx::barrier_arrive_if(lane == 0, base + L::kDOEmpty + at.dout.number * 8);
   at.dout.next();
   finish_slopes();
-  take_slopes();
   bool goes_on;  // with the next tile
   do {
     const std::uint32_t q_tile = at.q_tile(), q_empty = base + L::kQEmpty + at.q.number * 8;
@@ -197,13 +192,12 @@ __device__ __forceinline__ void multiply_slopes(const Arguments& arguments, std:
     issue_sum<T>(dk, ds, ptx::operand(q_tile, L::kTileBand), accumulate);
     store_slopes();
     ptx::wgmma_wait<1>();
-    ptx::pin(dp);
     ptx::barrier_arrive_if(goes_on && lane == 0, base + L::kDOEmpty + at.dout.number * 8);
     at.dout.next();
-    if (goes_on) finish_slopes();
     ptx::wgmma_wait<0>();
+    ptx::pin(dp);
     ptx::barrier_arrive_if(lane == 0, q_empty);
-    take_slopes();
+    if (goes_on) finish_slopes();
     if (at.tile == 0) {
       ptx::pin(dk);
       store_sum<Sum::dk, T, L>(arguments, at.release_unit(), key, dk);
