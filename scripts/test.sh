@@ -166,7 +166,7 @@ run_gpusan() {
   elif ! build/ci/bin/moba info --backend cuda; then
     echo "skipped: the cuda backend has no GPU that it can use"
   else
-    for tool in memcheck racecheck initcheck; do
+    for tool in memcheck racecheck initcheck synccheck; do
       printf '\n%s\n' "$tool"
       MOBA_CUDA_CHECKER=1 "$checker" --tool "$tool" --error-exitcode 9 "$tests" --gtest_filter='*Small*:-CudaRefused*'
     done

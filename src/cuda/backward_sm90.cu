@@ -1,15 +1,18 @@
 // backward for d 64 and 128 (sm_90a), key-major: the rows of a list are gathered, 64 to a tile, and meet the K and V of
 // up to 128 keys, which stay for the whole unit, as do their dK and dV, in registers.
 //
-// A CTA per SM takes units by ticket. Of its warpgroups one produces; two have 64 keys each and compute, for a tile,
+// A CTA per SM takes units by ticket. Of its warpgroups one produces, two have the keys and compute, for a tile,
 //   S^T [64 keys, 64 rows] = K Q^T - lse    operands from shared memory; lse / scale, as terms (row_terms.cuh)
 //   P^T = exp2(c S^T)                       in 16 bits
 //   dV [64 keys, d] += P^T dO               P^T from registers
 //   dP^T [64 keys, 64 rows] = V dO^T - delta
-//   dS^T = P^T dP^T                         in 16 bits; also to shared memory, as dS [64 rows, 128 keys]
+//   dS^T = P^T dP^T                         in 16 bits; also to shared memory, as dS [64 rows, keys]
 //   dK [64 keys, d] += dS^T Q               dS^T from registers
 // and the last, with few registers, computes dQ [64 rows, d] = dS K, which goes to the entries of the rows, rounded; no
 // two units write the same place, so nothing is added up atomically.
+//
+// Where blocks have more than 64 keys, each of the two has 64 of the keys and does all this (backward_sm90_keys.cuh).
+// Else the one does the first three lines, the other the rest (backward_sm90_short.cuh).
 //
 // What bounds it on an H200: shared memory (78 % busy before terms took the place of reads of lse and delta), the way
 // to memory of what is gathered, and, from some tens of milliseconds on, the power limit. Shared memory and the
@@ -40,7 +43,8 @@ namespace gradient {
 namespace {
 
 // The dQ warpgroup. Short keys came by cp.async: the key warpgroups fence them for wgmma before they hand over dS. 64
-// columns at a time: all of 128 would read dS once less, but take 32 registers that are not left.
+// columns at a time: all of 128 would read dS once less, but take 32 registers, which are not left or, beside up to 64
+// keys, bring nothing.
 template <class T, class L>
 __device__ __forceinline__ void multiply_queries(const Arguments& arguments, std::uint32_t base, const Unit* ring) {
   const int t = threadIdx.x % 128, lane = t % 32, warp = __shfl_sync(kAllLanes, t / 32, 0), row = warp * 16 + lane / 4;
@@ -128,7 +132,7 @@ __global__ void __launch_bounds__(L::kThreads, 1)
   } else if (warpgroup == 2) {
     ptx::lower_registers<L::kQueryRegisters>();
     multiply_queries<T, L>(arguments, base, ring);
-  } else if constexpr (L::kKeys > kShortKeys) {
+  } else if constexpr (!L::kIsShort) {
     ptx::raise_registers<L::kKeyRegisters>();
     multiply_keys<T, L>(arguments, base, ring, warpgroup);
   } else if (warpgroup == 1) {
@@ -172,10 +176,14 @@ void launch_backward(const Shape& shape, const BackwardInput& input, const Argum
          stream, map(input.k), map(input.v), arguments);
 }
 
-template <class T, int keys>
-void launch_backward(const Shape& shape, const BackwardInput& input, const Arguments& arguments, cudaStream_t stream) {
-  (shape.head_dim == 128 ? launch_backward<T, Layout<128, keys>>
-                         : launch_backward<T, Layout<64, keys>>)(shape, input, arguments, stream);
+using Launch = void (*)(const Shape&, const BackwardInput&, const Arguments&, cudaStream_t);
+template <class T>
+Launch launch_of(int head_dim, int part_keys) {
+  if (part_keys <= kShortKeys) {
+    return head_dim == 128 ? launch_backward<T, Layout<128, kShortKeys>> : launch_backward<T, Layout<64, kShortKeys>>;
+  }
+  return head_dim == 128 ? launch_backward<T, Layout<128, kSm90PartKeys>>
+                         : launch_backward<T, Layout<64, kSm90PartKeys>>;
 }
 
 }  // namespace
@@ -185,13 +193,8 @@ void backward_sm90(const Shape& shape, Slab slab, const BackwardInput& input, co
                    const BackwardOutput& output, cudaStream_t stream) {
   if (shape.total_q == 0 || shape.total_k == 0) return;
   const gradient::Arguments arguments = gradient::arguments_of(shape, slab, input, list, output);
-  const bool is_short = output.part_keys <= gradient::kShortKeys;
-  const auto launch = shape.dtype == DType::bf16
-                          ? (is_short ? gradient::launch_backward<__nv_bfloat16, gradient::kShortKeys>
-                                      : gradient::launch_backward<__nv_bfloat16, kSm90PartKeys>)
-                          : (is_short ? gradient::launch_backward<__half, gradient::kShortKeys>
-                                      : gradient::launch_backward<__half, kSm90PartKeys>);
-  launch(shape, input, arguments, stream);
+  const auto launch_of = shape.dtype == DType::bf16 ? gradient::launch_of<__nv_bfloat16> : gradient::launch_of<__half>;
+  launch_of(shape.head_dim, output.part_keys)(shape, input, arguments, stream);
 }
 
 }  // namespace moba::cuda

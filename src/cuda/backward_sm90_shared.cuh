@@ -29,32 +29,15 @@ inline constexpr int kTileRows = 64;
 inline constexpr int kKeyWarps = 8, kQueryWarps = 4;  // of the key warpgroups, of the dQ warpgroup
 inline constexpr int kShortKeys = 64;                 // units of at most so many keys have a layout of their own
 
-// Who gets the registers: 512 threads start with 128 each and trade. And how many tiles the rings hold.
+// Shared memory in bytes for units of at most `keys` keys, and who gets the registers: 512 threads start with 128 each
+// and trade.
 template <int d, int keys>
-struct Budget;
-template <>
-struct Budget<128, 128> {
-  static constexpr int kKeyRegisters = 208, kQueryRegisters = 64, kProducerRegisters = 32;
-  static constexpr int kQStages = 3, kDOStages = 2, kDSStages = 1;
-};
-template <>
-struct Budget<64, 128> : Budget<128, 128> {
-  static constexpr int kQStages = 6, kDOStages = 5;
-};
-template <>
-struct Budget<128, 64> {
-  static constexpr int kKeyRegisters = 184, kQueryRegisters = 88, kProducerRegisters = 56;
-  static constexpr int kQStages = 4, kDOStages = 4, kDSStages = 2;
-};
-template <>
-struct Budget<64, 64> : Budget<128, 64> {
-  static constexpr int kQStages = 6, kDOStages = 6;
-};
-
-// Shared memory in bytes, for units of at most `keys` keys.
-template <int d, int keys>
-struct Layout : Budget<d, keys> {
-  using Budget<d, keys>::kQStages, Budget<d, keys>::kDOStages, Budget<d, keys>::kDSStages;
+struct Layout {
+  static constexpr bool kIsShort = keys <= kShortKeys;
+  static constexpr int kKeyRegisters = kIsShort ? 184 : 208, kQueryRegisters = kIsShort ? 88 : 64,
+                       kProducerRegisters = kIsShort ? 56 : 32;
+  static constexpr int kQStages = d == 64 ? 6 : kIsShort ? 4 : 3, kDOStages = d == 64 ? 5 : kIsShort ? 4 : 2;
+  static constexpr int kDSStages = kIsShort ? 2 : 1;
   static constexpr int kHeadDim = d, kKeys = keys;
   static constexpr int kThreads = 512;
   static constexpr int kTileBytes = kTileRows * d * 2, kTileBand = kTileRows * kBandBytes;
@@ -74,7 +57,7 @@ struct Layout : Budget<d, keys> {
   static constexpr int kDS = kWeights + 1024;  // memcheck takes what wgmma_add_terms() reads for 2 KB
   static constexpr int kDSBytes = kTileRows * kKeys * 2;
   static constexpr int kP = kDS + kDSStages * kDSBytes;
-  static constexpr int kBytes = kP + (kKeys == kShortKeys ? kTileRows * kKeys * 2 : 0);
+  static constexpr int kBytes = kP + (kIsShort ? kTileRows * kKeys * 2 : 0);
   static_assert(kDSEmpty + kDSStages * 8 <= kDS);
 };
 

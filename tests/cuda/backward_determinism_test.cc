@@ -14,7 +14,7 @@ using Bits = std::vector<std::uint64_t>;
 
 std::vector<Choice> long_choices() {
   std::vector<Choice> all;
-  for (const auto& [d, b] : {std::pair{64, 64}, {128, 128}, {128, 512}, {96, 128}}) {
+  for (const auto& [d, b] : {std::pair{64, 64}, {128, 64}, {128, 128}, {128, 512}, {96, 128}}) {
     for (const bool sink : {false, true}) all.push_back(long_choice(2000, d, b, sink));
   }
   return all;
