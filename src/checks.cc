@@ -134,7 +134,7 @@ void check_tensor(Device device, int device_index, const ConstTensor& t, const E
   }
 }
 
-Region::Region(std::string_view argument_name, const ConstTensor& tensor) : argument(argument_name) {
+Region::Region(std::string_view argument_name, const ConstTensor& tensor) : argument(argument_name), view(tensor) {
   if (!tensor.given()) return;
   std::int64_t last = 0;
   for (int i = 0; i < tensor.rank; ++i) {
@@ -166,12 +166,42 @@ void check_positions(const Call& call) {
   }
 }
 
+namespace {
+
+// Bytes from the first element to behind the last, where dimensions that step by multiples of `pitch` bytes do not
+// count: modulo the pitch they stay where they are.
+std::int64_t extent_within(const ConstTensor& t, std::int64_t pitch) {
+  const auto size = static_cast<std::int64_t>(size_in_bytes(t.dtype));
+  std::int64_t extent = size;
+  for (int dim = 0; dim < t.rank; ++dim) {
+    if (t.shape[dim] > 1 && t.stride[dim] * size % pitch != 0) extent += (t.shape[dim] - 1) * t.stride[dim] * size;
+  }
+  return extent;
+}
+
+// Whether there is a pitch, a stride of either, by which the two never meet.
+bool interleaved(const Region& a, const Region& b) {
+  if (!a.view.given() || !b.view.given()) return false;
+  for (const ConstTensor* t : {&a.view, &b.view}) {
+    for (int dim = 0; dim < t->rank; ++dim) {
+      const std::int64_t pitch = t->stride[dim] * static_cast<std::int64_t>(size_in_bytes(t->dtype));
+      if (t->shape[dim] <= 1 || pitch <= 0) continue;
+      const std::int64_t distance = ((b.begin - a.begin) % pitch + pitch) % pitch;
+      if (distance >= extent_within(a.view, pitch) && distance + extent_within(b.view, pitch) <= pitch) return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
 void check_no_overlap(std::span<const Region> outputs, std::span<const Region> inputs) {
   const auto check = [](const Region& output, const Region& other) {
     if (output.begin == output.end || other.begin == other.end) return;
     const std::less<const std::byte*> before;
-    if (before(output.begin, other.end) && before(other.begin, output.end)) {
-      refuse(output.argument, "in memory that " + std::string(other.argument) + " spans", "memory of its own");
+    if (before(output.begin, other.end) && before(other.begin, output.end) && !interleaved(output, other)) {
+      refuse(output.argument, "in memory that " + std::string(other.argument) + " spans",
+             "memory of its own, or all of it between the rows of the other");
     }
   };
   for (std::size_t i = 0; i < outputs.size(); ++i) {

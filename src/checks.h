@@ -55,11 +55,13 @@ struct Region {
   std::string_view argument;
   const std::byte* begin = nullptr;
   const std::byte* end = nullptr;
+  ConstTensor view;  // a workspace has none
 
   Region(std::string_view name, const ConstTensor& tensor);
   Region(std::string_view name, Workspace workspace);
 };
-// No output may touch an input or another output.
+// No output may touch an input or another output. One that lies between the rows of the other, as dq, dk and dv of one
+// buffer [tokens, heads, d] do, does not touch it.
 void check_no_overlap(std::span<const Region> outputs, std::span<const Region> inputs);
 
 // `what` names the function of Plan that says what is needed.

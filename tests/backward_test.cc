@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "fused_gradients.h"
 #include "support.h"
 
 namespace moba::test {
@@ -270,6 +271,33 @@ TEST(Backward, WorkspaceIsAllThatItTakes) {
           EXPECT_TRUE(std::ranges::all_of(std::span(memory).first(start), untouched));
           EXPECT_TRUE(std::ranges::all_of(std::span(memory).subspan(start + bytes), untouched));
         }
+      }
+    }
+  }
+}
+
+TEST(Backward, GradientsMayLieBetweenOneAnother) {
+  for (const DType dtype : kTypes) {
+    const Case c{
+        .dtype = dtype, .q_heads = 4, .kv_heads = 2, .head_dim = 24, .q_lengths = {90, 7}, .k_lengths = {90, 7}};
+    const Data data(c);
+    const Array dout = noise_dout(c);
+    std::vector<Options> kernels = cpu_kernels(dtype);
+    kernels.push_back(reference_options());
+    for (const Options& options : kernels) {
+      SCOPED_TRACE(describe(options));
+      Runner run(c.problem(), options);
+      Chosen chosen(run.plan());
+      Attention results = run.forward(data.inputs(), chosen);
+      const Slopes expected = run.backward(data.inputs(), chosen, results, dout);
+      for (const bool in_turn : {false, true}) {
+        const FusedGradients fused(in_turn);
+        Array all(dtype, {c.total_q(), FusedGradients::kHeads, c.head_dim});
+        std::vector<std::byte> workspace(run.plan().backward_workspace_bytes());
+        backward(run.plan(), data.inputs(), chosen.selection(), {results.out.tensor(), results.lse.tensor()},
+                 dout.tensor(), fused.of(all.tensor()), workspace);
+        EXPECT_TRUE(fused.hold(expected, all)) << (in_turn ? "dk and dv in turn" : "");
+        EXPECT_TRUE(all.surroundings_untouched());
       }
     }
   }

@@ -5,7 +5,9 @@
 #include <optional>
 
 #include "cases.h"
-#include "training.h"
+#include "cuda/launch.h"
+#include "fused_gradients.h"
+#include "resident.h"
 
 namespace moba::test {
 namespace {
@@ -263,6 +265,34 @@ TEST_F(CudaBackward, ErrorsAreThoseOfFullAttention) {
         compare("dq", errors[i].dq, errors[i + 1].dq);
         compare("dk", errors[i].dk, errors[i + 1].dk);
         compare("dv", errors[i].dv, errors[i + 1].dv);
+      }
+    }
+  }
+}
+
+TEST_F(CudaBackward, SmallGradientsBetweenOneAnother) {
+  for (const std::int64_t d : {64, 128, 96}) {
+    Case c{.dtype = DType::bf16, .q_heads = 4, .kv_heads = 2, .head_dim = d, .q_lengths = {200}, .k_lengths = {200}};
+    c.config = {.block_size = d == 64 ? 144 : 16, .top_k = 3};
+    const Given given(c);
+    for (const std::string& family : families(c.problem())) {
+      CudaRunner run(c.problem(), cuda_options(family));
+      const Trained expected = train(run, given);
+      const ResidentTraining resident({given, false}, cuda_options(family));
+      const cudaStream_t stream = test_stream();
+      resident.upload(given, stream);
+      resident.run(false, stream);
+      for (const bool in_turn : {false, true}) {
+        SCOPED_TRACE(::testing::Message() << c << ", " << family << (in_turn ? ", dk and dv in turn" : ""));
+        const FusedGradients fused(in_turn);
+        Array all(c.dtype, {c.total_q(), FusedGradients::kHeads, d});
+        const DeviceTensor device(all.tensor());
+        device.upload(all.tensor().data, stream);
+        resident.backward_pass(false, resident.selection(), {resident.out.tensor(), resident.lse.tensor()},
+                               fused.of(device.tensor()), resident.workspace.bytes(), stream);
+        device.download(all.tensor().data, stream);
+        MOBA_CUDA(cudaStreamSynchronize(stream));
+        EXPECT_TRUE(fused.hold(expected.slopes, all));
       }
     }
   }
