@@ -135,7 +135,7 @@ void add_execution_options(CLI::App& app, Options& options) {
         options.workspace_limit = static_cast<std::size_t>(parse_bytes("--workspace-limit", x));
       },
       "SIZE",
-      "cuda: at most so much workspace, e.g. 512M (default: 2G, for backward 1.375G to 2G, beyond rotated q and k and "
+      "cuda: at most so much workspace, e.g. 512M (default: 2G, for backward 1408M to 2G, beyond rotated q and k and "
       "centroids)")
       ->group(kExecutionGroup);
 }
@@ -143,7 +143,8 @@ void add_execution_options(CLI::App& app, Options& options) {
 void check_execution_options(const CLI::App& app, const Options& options) {
   if (options.backend == Backend::cuda) return;
   for (const char* option : kCudaOptions) {
-    if (app.count(option) > 0) throw CLI::ValidationError(std::string(option) + ": needs --backend cuda");
+    if (app.count(option) == 0) continue;
+    throw CLI::ValidationError(std::string(option) + ": needs --backend cuda, but it is " + name(options.backend));
   }
 }
 

@@ -123,8 +123,10 @@ Options options_of(const Said& said, Options options) {
   options.backend = said.backend.value_or(options.backend);
   options.cpu_target = said.target.value_or(options.cpu_target);
   options.bf16_products = said.bf16_products.value_or(options.bf16_products);
-  if (options.backend != Backend::cuda && (said.device || said.kernels || said.workspace_limit)) {
-    throw Error("problem: device, kernels and workspace_limit need backend=cuda");
+  for (const auto& [given, key] : {std::pair{said.device.has_value(), "device"},
+                                   {said.kernels.has_value(), "kernels"},
+                                   {said.workspace_limit.has_value(), "workspace_limit"}}) {
+    if (given && options.backend != Backend::cuda) throw Error("problem: " + std::string(key) + " needs backend=cuda");
   }
   options.cuda_device = static_cast<int>(said.device.value_or(options.cuda_device));
   options.cuda_kernels = said.kernels.value_or(options.cuda_kernels);
