@@ -16,13 +16,14 @@
 #   asan      build and ctest with the address and undefined-behaviour sanitizers
 #   tsan      build and ctest with the thread sanitizer
 #   fuzz      a short round of every fuzzer, the same inputs every time (./scripts/fuzz.sh round)
+#   operands  the machine code for Hopper: no register is written that a product still reads; skipped without cuobjdump
 #   gpusan    the small tests of the cuda backend under compute-sanitizer; skipped where that or a GPU is missing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib.sh
 source scripts/lib.sh
 
-every_phase=(format build tests package demo figures embed tidy asan tsan fuzz gpusan)
+every_phase=(format build tests package demo figures embed tidy asan tsan fuzz operands gpusan)
 phases=(build tests package)
 [[ ${CI:-} == true || ${CI:-} == 1 ]] && phases=("${every_phase[@]}")
 case ${1:-} in
@@ -153,6 +154,21 @@ run_tsan() { sanitize tsan; }
 
 run_fuzz() { ./scripts/fuzz.sh round; }
 
+run_operands() {
+  local objects
+  if ! command -v cuobjdump >/dev/null && [[ ! -x /usr/local/cuda/bin/cuobjdump ]]; then
+    echo "skipped: cuobjdump is neither on the PATH nor in /usr/local/cuda/bin"
+  elif ! command -v python3 >/dev/null; then
+    echo "skipped: there is no python3"
+  elif [[ ! -x build/ci/bin/moba_tests ]]; then
+    die "the tests are not built: ask for the phase build as well"
+  elif ! objects=$(compgen -G 'build/ci/src/CMakeFiles/moba_cuda_sm90.dir/cuda/*.o'); then
+    echo "skipped: the build has no cuda backend"
+  else
+    python3 scripts/check_operands.py $objects
+  fi
+}
+
 run_gpusan() {
   local checker tool tests=build/ci/bin/moba_cuda_tests
   if ! checker=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer); then
@@ -192,7 +208,7 @@ summary=() failed=0 broken=0
 mkdir -p build/check
 for phase in "${every_phase[@]}"; do
   chosen "$phase" || continue
-  if [[ $broken == 1 && $phase =~ ^(tests|package|demo|figures|tidy|gpusan)$ ]]; then
+  if [[ $broken == 1 && $phase =~ ^(tests|package|demo|figures|tidy|operands|gpusan)$ ]]; then
     summary+=("$(printf '%-8s not run: the build failed' "$phase")")
     continue
   fi

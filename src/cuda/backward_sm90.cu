@@ -11,8 +11,8 @@
 // and the last, with few registers, computes dQ [64 rows, d] = dS K, which goes to the entries of the rows, rounded; no
 // two units write the same place, so nothing is added up atomically.
 //
-// Where blocks have more than 64 keys, each of the two has 64 of the keys and does all this (backward_sm90_keys.cuh).
-// Else the one does the first three lines, the other the rest (backward_sm90_short.cuh).
+// Where units may have more than 64 keys, each of the two has 64 of the keys and does all this
+// (backward_sm90_keys.cuh). Else the one does the first three lines, the other the rest (backward_sm90_short.cuh).
 //
 // What bounds it on an H200: shared memory (78 % busy before terms took the place of reads of lse and delta), the way
 // to memory of what is gathered, and, from some tens of milliseconds on, the power limit. Shared memory and the
@@ -42,12 +42,13 @@ namespace moba::cuda {
 namespace gradient {
 namespace {
 
-// The dQ warpgroup. Short keys came by cp.async: the key warpgroups fence them for wgmma before they hand over dS. 64
-// columns at a time: all of 128 would read dS once less, but take 32 registers, which are not left or, beside up to 64
-// keys, bring nothing.
+// The dQ warpgroup. Keys of a unit of fewer than kKeys came by cp.async: who hands over dS has fenced them for wgmma.
+// 64 columns at a time: all of 128 would read dS once less, but take 32 registers, which are not left or, beside up to
+// 64 keys, bring nothing.
 template <class T, class L>
 __device__ __forceinline__ void multiply_queries(const Arguments& arguments, std::uint32_t base, const Unit* ring) {
-  const int t = threadIdx.x % 128, lane = t % 32, warp = __shfl_sync(kAllLanes, t / 32, 0), row = warp * 16 + lane / 4;
+  const int t = threadIdx.x % kGroupThreads, lane = t % 32, warp = __shfl_sync(kAllLanes, t / 32, 0),
+            row = warp * 16 + lane / 4;
   constexpr int d = L::kHeadDim, kRowBytes = d * 2;
   Stage<L::kDSStages> stored(0);
   for (int n = 0;; ++n) {
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(L::kThreads, 1)
   const std::uint32_t base = ptx::shared_address(shared);
   Unit* ring = reinterpret_cast<Unit*>(shared + L::kRing);
   // By a shuffle, so that the compiler knows it to be the same in the whole warp.
-  const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / 128, 0);
+  const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kGroupThreads, 0);
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
       ptx::barrier_init(base + L::kKeyFull + i * 8, kProducers + 1);
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(L::kThreads, 1)
       ptx::barrier_init(base + L::kDOEmpty + i * 8, kKeyWarps);
     }
     for (int i = 0; i < L::kDSStages; ++i) {
-      ptx::barrier_init(base + L::kDSFull + i * 8, L::kKeys / 16);
+      ptx::barrier_init(base + L::kDSFull + i * 8, L::kKeys / 16);  // a warp has 16 keys
       ptx::barrier_init(base + L::kDSEmpty + i * 8, kQueryWarps);
     }
     ptx::fence_barrier_init();
@@ -179,8 +180,9 @@ void launch_backward(const Shape& shape, const BackwardInput& input, const Argum
 using Launch = void (*)(const Shape&, const BackwardInput&, const Arguments&, cudaStream_t);
 template <class T>
 Launch launch_of(int head_dim, int part_keys) {
-  if (part_keys <= kShortKeys) {
-    return head_dim == 128 ? launch_backward<T, Layout<128, kShortKeys>> : launch_backward<T, Layout<64, kShortKeys>>;
+  if (part_keys == kShortPartKeys) {
+    return head_dim == 128 ? launch_backward<T, Layout<128, kShortPartKeys>>
+                           : launch_backward<T, Layout<64, kShortPartKeys>>;
   }
   return head_dim == 128 ? launch_backward<T, Layout<128, kSm90PartKeys>>
                          : launch_backward<T, Layout<64, kSm90PartKeys>>;
@@ -193,8 +195,10 @@ void backward_sm90(const Shape& shape, Slab slab, const BackwardInput& input, co
                    const BackwardOutput& output, cudaStream_t stream) {
   if (shape.total_q == 0 || shape.total_k == 0) return;
   const gradient::Arguments arguments = gradient::arguments_of(shape, slab, input, list, output);
-  const auto launch_of = shape.dtype == DType::bf16 ? gradient::launch_of<__nv_bfloat16> : gradient::launch_of<__half>;
-  launch_of(shape.head_dim, output.part_keys)(shape, input, arguments, stream);
+  const gradient::Launch launch = shape.dtype == DType::bf16
+                                      ? gradient::launch_of<__nv_bfloat16>(shape.head_dim, output.part_keys)
+                                      : gradient::launch_of<__half>(shape.head_dim, output.part_keys);
+  launch(shape, input, arguments, stream);
 }
 
 }  // namespace moba::cuda

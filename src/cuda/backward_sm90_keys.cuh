@@ -5,8 +5,8 @@
 
 #include "cuda/backward_sm90_shared.cuh"
 #include "cuda/backward_sm90_tile.cuh"
+#include "cuda/lanes.cuh"
 #include "cuda/ptx/barrier.cuh"
-#include "cuda/ptx/math.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace moba::cuda::gradient {
@@ -19,13 +19,13 @@ template <class T, class L>
 __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::uint32_t base, const Unit* ring,
                                               int group) {
   constexpr int d = L::kHeadDim;
-  const int t = threadIdx.x % 128, lane = t % 32, warp = __shfl_sync(kAllLanes, t / 32, 0), c = lane % 4;
+  const int t = threadIdx.x % kGroupThreads, lane = t % 32, warp = __shfl_sync(kAllLanes, t / 32, 0), c = lane % 4;
   const int key = group * kGroupKeys + warp * 16 + lane / 4;
   const std::uint32_t group_keys = ptx::operand(base + group * kGroupKeys * kBandBytes);
   const std::uint32_t q_rows = ptx::operand(base + L::kQ), q_columns = ptx::operand(base + L::kQ, L::kTileBand);
   const std::uint32_t dout_rows = ptx::operand(base + L::kDO), dout_columns = ptx::operand(base + L::kDO, L::kTileBand);
-  const std::uint32_t ds_to = slopes_place(base + L::kDS + group * L::kTileBand, warp, lane);
-  float dk[d / 2], dv[d / 2], s[32];  // s: S^T, P^T, then dP^T
+  const int place = group * L::kTileBand + slopes_place(warp, lane);  // in a stage of dS
+  float dk[d / 2], dv[d / 2], s[32];                                  // s: S^T, P^T, then dP^T
   std::uint32_t p[16], ds[16];
 
   // tiles 0: no more units. Tiles before blind_tiles see nothing, those from row mask_rows on all keys.
@@ -34,7 +34,7 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
     ptx::barrier_wait(base + L::kKeyFull + (n & 1) * 8, (n >> 1) & 1);
     const Unit& unit = ring[n & 1];
     tiles = (unit.rows + kTileRows - 1) / kTileRows;
-    mask_rows = unit.keys < L::kKeys ? unit.rows : unit.masked;
+    mask_rows = rows_to_mask<L>(unit);
     blind_tiles = 0;
     if (mask_rows == 0) return;
     const int blind = blind_rows(arguments, unit, group * kGroupKeys);
@@ -42,7 +42,7 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
   };
   Stage<L::kQStages> q(0);
   Stage<L::kDOStages> dout(0);
-  int ds_parity = 1;
+  Stage<L::kDSStages> stored(1);
   const auto terms = [&](int dout_stage) { return base + L::kTerms + dout_stage * L::kTermBytes; };
   const auto issue_scores = [&](int q_stage, std::uint32_t q_terms) {
     issue_transposed<T, L>(s, group_keys + (n & 1) * (L::kKeyStage / 16), q_rows + q_stage * (L::kTileBytes / 16),
@@ -56,18 +56,6 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
   const auto finish_weights = [&] {
     weigh(s, arguments.factor);
     if (tile * kTileRows < mask_rows) mask_weights(s, arguments, ring[n & 1], key, tile * kTileRows + 2 * c);
-  };
-  const auto pack_weights = [&] {
-#pragma unroll
-    for (int j = 0; j < 16; ++j) p[j] = ptx::pack<T>(s[2 * j], s[2 * j + 1]);
-  };
-  const auto store_slopes = [&] {
-    ptx::barrier_wait(base + L::kDSEmpty, ds_parity);
-    ds_parity ^= 1;
-    write_slopes(ds_to, ds);
-    ptx::fence_async_proxy();
-    __syncwarp();
-    ptx::barrier_arrive_if(lane == 0, base + L::kDSFull);
   };
   // Unit n - 1 has ended. Every lane arrives, for every lane has read the unit.
   const auto finish_unit = [&] {
@@ -88,7 +76,7 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
     dout.next();
 #pragma unroll
     for (std::uint32_t& pair : ds) pair = 0;
-    store_slopes();
+    store_slopes<L>(base, place, stored, ds);
   };
 
   // Works from tile `tile` of unit n to the end of the unit, and on through units that begin with tiles to work on.
@@ -99,7 +87,7 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
     ptx::wgmma_wait<0>();
     ptx::pin(s);
     finish_weights();
-    pack_weights();
+    pack_weights<T>(p, s);
     bool goes_on;  // with the next tile
     do {
       const int q_stage = q.number, dout_stage = dout.number;
@@ -127,12 +115,12 @@ __device__ __forceinline__ void multiply_keys(const Arguments& arguments, std::u
       ptx::fence_async_proxy();
       issue_scores(next_stage, next_terms);
       issue_sum<T>(dk, ds, q_columns + q_stage * (L::kTileBytes / 16), accumulate);
-      store_slopes();
+      store_slopes<L>(base, place, stored, ds);
       ptx::wgmma_wait<1>();
       ptx::pin(s);
       finish_weights();
       ptx::wgmma_wait<0>();
-      pack_weights();  // into the registers that dV read
+      pack_weights<T>(p, s);  // into the registers that dV read
       ptx::barrier_arrive_if(lane == 0, base + L::kQEmpty + q_stage * 8);
       if (tile == 0) finish_unit();
     } while (goes_on);

@@ -7,15 +7,16 @@
 
 #include "cuda/backward_sm90_shared.cuh"
 #include "cuda/backward_sm90_tile.cuh"
+#include "cuda/lanes.cuh"
 #include "cuda/ptx/barrier.cuh"
-#include "cuda/ptx/math.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace moba::cuda::gradient {
 
-// Named barriers of the two warpgroups, about the weights in shared memory.
-inline constexpr int kWeightsFull = 2, kWeightsEmpty = 3;
+// P^T in shared memory: 16 words of each thread, 4 at a time.
+inline constexpr int kPStep = kGroupThreads * 16;
+inline constexpr int kPThreads = 2 * kGroupThreads;  // of its named barriers
 
 // Where a warpgroup is: tile `tile` of `tiles` of unit n, in stages q and dout of the rings. tiles 0: no more units.
 template <class L>
@@ -62,12 +63,13 @@ struct Position {
   }
 };
 
-// Order of a tile t: P(t) to shared memory; S(t + 1), dV(t); wait for S(t + 1); P(t + 1) under dV(t). As everywhere in
-// this kernel no product is in flight at a loop's head. Behind the last tile come scores that nobody reads, of rows and
-// terms that are at hand: the tile of dO.
+// Order of a tile t: P(t) to shared memory; S(t + 1), dV(t); wait for S(t + 1); P(t + 1) under dV(t), but packed behind
+// it, into the registers that it read. As everywhere in this kernel no product is in flight at a loop's head. Behind
+// the last tile come scores that nobody reads, of what is at hand: as rows and terms the tile of dO, as keys what is
+// there.
 template <class T, class L>
 __device__ __forceinline__ void multiply_weights(const Arguments& arguments, std::uint32_t base, const Unit* ring) {
-  const int t = threadIdx.x % 128, lane = t % 32, key = t / 32 * 16 + lane / 4;
+  const int t = threadIdx.x % kGroupThreads, lane = t % 32, key = t / 32 * 16 + lane / 4;
   const std::uint32_t to = base + L::kP + t * 16;
   float dv[L::kHeadDim / 2], s[32];  // s: S^T, then P^T
   std::uint32_t p[16];
@@ -80,21 +82,15 @@ __device__ __forceinline__ void multiply_weights(const Arguments& arguments, std
     weigh(s, arguments.factor);
     const Unit& unit = at.unit();
     const int row = at.tile * kTileRows;
-    if (row < (unit.keys < L::kKeys ? unit.rows : unit.masked)) {
-      mask_weights(s, arguments, unit, key, row + 2 * (lane % 4));
-    }
-  };
-  const auto pack_weights = [&] {
-#pragma unroll
-    for (int j = 0; j < 16; ++j) p[j] = ptx::pack<T>(s[2 * j], s[2 * j + 1]);
+    if (row < rows_to_mask<L>(unit)) mask_weights(s, arguments, unit, key, row + 2 * (lane % 4));
   };
   const auto hand_over_weights = [&] {
-    ptx::named_barrier(kWeightsEmpty, kKeyWarps * 32);
+    ptx::named_barrier(kPEmpty, kPThreads);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      ptx::store_shared(to + j * 128 * 16, p[4 * j], p[4 * j + 1], p[4 * j + 2], p[4 * j + 3]);
+      ptx::store_shared(to + j * kPStep, p[4 * j], p[4 * j + 1], p[4 * j + 2], p[4 * j + 3]);
     }
-    ptx::named_barrier_arrive(kWeightsFull, kKeyWarps * 32);
+    ptx::named_barrier_arrive(kPFull, kPThreads);
   };
 
   if (at.tiles == 0) return;
@@ -105,7 +101,7 @@ __device__ __forceinline__ void multiply_weights(const Arguments& arguments, std
   ptx::barrier_arrive_if(lane == 0, base + L::kQEmpty + at.q.number * 8);
   at.q.next();
   finish_weights();
-  pack_weights();
+  pack_weights<T>(p, s);
   bool goes_on;  // with the next tile
   do {
     hand_over_weights();
@@ -124,22 +120,25 @@ __device__ __forceinline__ void multiply_weights(const Arguments& arguments, std
     at.q.next();
     finish_weights();
     ptx::wgmma_wait<0>();
-    pack_weights();  // into the registers that dV read
+    pack_weights<T>(p, s);
     ptx::barrier_arrive_if(lane == 0, dout_empty);
     if (at.tile == 0) {
       ptx::pin(dv);
       store_sum<Sum::dv, T, L>(arguments, at.release_unit(), key, dv);
     }
   } while (goes_on);
-  ptx::named_barrier(kWeightsEmpty, kKeyWarps * 32);
+  ptx::named_barrier(kPEmpty, kPThreads);  // takes the arrival for the last tile: a CTA leaves none behind
 }
 
-// Order of a tile t: dP(t + 1), dK(t); dS(t) to shared memory; wait for dP(t + 1); dS(t + 1) under dK(t). Behind the
-// last tile come slopes that nobody reads, of rows and terms that are at hand: the tile of Q.
+// Order of a tile t: dP(t + 1), dK(t); dS(t) to shared memory; wait for both; dS(t + 1), no earlier: ptxas puts it into
+// the registers that dK(t) reads (ptx/wgmma.cuh). Behind the last tile come slopes that nobody reads, of what is at
+// hand: as rows and terms the tile of Q, as keys what is there.
 template <class T, class L>
 __device__ __forceinline__ void multiply_slopes(const Arguments& arguments, std::uint32_t base, const Unit* ring) {
-  const int t = threadIdx.x % 128, lane = t % 32, warp = __shfl_sync(kAllLanes, t / 32, 0), key = warp * 16 + lane / 4;
-  const std::uint32_t from = base + L::kP + t * 16, ds_to = slopes_place(base + L::kDS, warp, lane);
+  const int t = threadIdx.x % kGroupThreads, lane = t % 32, warp = __shfl_sync(kAllLanes, t / 32, 0),
+            key = warp * 16 + lane / 4;
+  const std::uint32_t from = base + L::kP + t * 16;
+  const int place = slopes_place(warp, lane);  // in a stage of dS
   float dk[L::kHeadDim / 2], dp[32];
   std::uint32_t p[16], ds[16];
   Position<L> at(arguments, base, ring);
@@ -150,25 +149,17 @@ __device__ __forceinline__ void multiply_slopes(const Arguments& arguments, std:
   };
   // With dP^T of the tile in hand.
   const auto finish_slopes = [&] {
-    ptx::named_barrier(kWeightsFull, kKeyWarps * 32);
+    ptx::named_barrier(kPFull, kPThreads);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      ptx::load_shared(from + j * 128 * 16, p[4 * j], p[4 * j + 1], p[4 * j + 2], p[4 * j + 3]);
+      ptx::load_shared(from + j * kPStep, p[4 * j], p[4 * j + 1], p[4 * j + 2], p[4 * j + 3]);
     }
-    ptx::named_barrier_arrive(kWeightsEmpty, kKeyWarps * 32);
+    ptx::named_barrier_arrive(kPEmpty, kPThreads);
     slopes<T>(ds, p, dp);
-  };
-  const auto store_slopes = [&] {
-    ptx::barrier_wait(base + L::kDSEmpty + stored.number * 8, stored.parity);
-    write_slopes(ds_to + stored.number * L::kTileBand, ds);
-    ptx::fence_async_proxy();
-    __syncwarp();
-    ptx::barrier_arrive_if(lane == 0, base + L::kDSFull + stored.number * 8);
-    stored.next();
   };
 
   if (at.tiles == 0) return;
-  ptx::named_barrier_arrive(kWeightsEmpty, kKeyWarps * 32);
+  ptx::named_barrier_arrive(kPEmpty, kPThreads);
   at.wait_q();
   at.wait_dout();
   issue_slopes(at.dout_tile(), at.terms());
@@ -190,18 +181,18 @@ __device__ __forceinline__ void multiply_slopes(const Arguments& arguments, std:
     }
     issue_slopes(goes_on ? at.dout_tile() : q_tile, goes_on ? at.terms() : q_tile);
     issue_sum<T>(dk, ds, ptx::operand(q_tile, L::kTileBand), accumulate);
-    store_slopes();
+    store_slopes<L>(base, place, stored, ds);
     ptx::wgmma_wait<1>();
     ptx::barrier_arrive_if(goes_on && lane == 0, base + L::kDOEmpty + at.dout.number * 8);
     at.dout.next();
     ptx::wgmma_wait<0>();
     ptx::pin(dp);
     ptx::barrier_arrive_if(lane == 0, q_empty);
-    if (goes_on) finish_slopes();
     if (at.tile == 0) {
       ptx::pin(dk);
       store_sum<Sum::dk, T, L>(arguments, at.release_unit(), key, dk);
     }
+    if (goes_on) finish_slopes();
   } while (goes_on);
 }
 

@@ -10,7 +10,6 @@
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/mma.cuh"
-#include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace moba::cuda::gradient {
@@ -107,6 +106,12 @@ __device__ __forceinline__ int blind_rows(const Arguments& arguments, const Unit
   return low;
 }
 
+// The first rows of the unit, all others of which see all kKeys keys.
+template <class L>
+__device__ __forceinline__ int rows_to_mask(const Unit& unit) {
+  return unit.keys < L::kKeys ? unit.rows : unit.masked;
+}
+
 // P^T is 0 where a row does not see this lane's keys, `key` and `key` + 8; `row` is row 2c of the tile.
 __device__ __forceinline__ void mask_weights(float (&p)[32], const Arguments& arguments, const Unit& unit, int key,
                                              int row) {
@@ -120,6 +125,12 @@ __device__ __forceinline__ void mask_weights(float (&p)[32], const Arguments& ar
       if (8 * j + i < blind1) p[4 * j + 2 + i] = 0;
     }
   }
+}
+
+template <class T>
+__device__ __forceinline__ void pack_weights(std::uint32_t (&p)[16], const float (&s)[32]) {
+#pragma unroll
+  for (int j = 0; j < 16; ++j) p[j] = ptx::pack<T>(s[2 * j], s[2 * j + 1]);
 }
 
 // P^T, as packed for dV, and dP^T -> dS^T, packed.
@@ -147,16 +158,25 @@ __device__ __forceinline__ void issue_transposed(float (&product)[32], std::uint
   ptx::wgmma_commit();
 }
 
-// dS^T, as packed, to shared memory as dS [64 rows, 64 keys]; for this lane `to` is what slopes_place() says.
-__device__ __forceinline__ void write_slopes(std::uint32_t to, const std::uint32_t (&ds)[16]) {
+// Where this lane writes dS of its warp's 16 keys, counted from a band [64 rows, 64 keys]: lane l stores row l % 8 of
+// 8x8 tile l / 8: keys 8 (l / 8 % 2) on, rows 8 (l / 16) on.
+__device__ __forceinline__ int slopes_place(int warp, int lane) {
+  return swizzled(kBandBytes, lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
+}
+// dS^T, as packed, to the next stage of dS; `place` is this lane's, counted from the stage.
+template <class L>
+__device__ __forceinline__ void store_slopes(std::uint32_t base, int place, Stage<L::kDSStages>& stage,
+                                             const std::uint32_t (&ds)[16]) {
+  const std::uint32_t to = base + L::kDS + stage.number * L::kDSBytes + place;
+  ptx::barrier_wait(base + L::kDSEmpty + stage.number * 8, stage.parity);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     ptx::store_matrix_x4_transposed(to + j * 16 * kBandBytes, ds[4 * j], ds[4 * j + 1], ds[4 * j + 2], ds[4 * j + 3]);
   }
-}
-// Lane l stores row l % 8 of 8x8 tile l / 8: keys 8 (l / 8 % 2) on, rows 8 (l / 16) on.
-__device__ __forceinline__ std::uint32_t slopes_place(std::uint32_t band, int warp, int lane) {
-  return band + swizzled(kBandBytes, lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
+  ptx::fence_async_proxy();
+  __syncwarp();
+  ptx::barrier_arrive_if(threadIdx.x % 32 == 0, base + L::kDSFull + stage.number * 8);
+  stage.next();
 }
 
 // sum [64 keys, d] (+)= weights [64 keys, 64 rows] rows [64 rows, d]: P^T dO or dS^T Q.

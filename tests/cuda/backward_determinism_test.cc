@@ -167,8 +167,8 @@ void expect_any_memory(const std::vector<Choice>& choices) {
 TEST_F(CudaBackwardDeterminism, AnyMemoryWillDo) { expect_any_memory(small_choices()); }
 
 TEST_F(CudaBackwardDeterminism, AnyMemoryWillDoForLongLists) {
-  expect_any_memory(
-      {long_choice(4000, 64, 64, true), long_choice(4000, 128, 128, true), long_choice(4000, 96, 256, true)});
+  expect_any_memory({long_choice(4000, 64, 64, true), long_choice(4000, 128, 64, true),
+                     long_choice(4000, 128, 128, true), long_choice(4000, 96, 256, true)});
 }
 
 // Blocks of more keys than one pass takes where memory is short.

@@ -270,6 +270,18 @@ TEST_F(CudaBackward, ErrorsAreThoseOfFullAttention) {
   }
 }
 
+// More units than multiprocessors, of a tile or two, with all keys of a block and with few.
+TEST_F(CudaBackward, SmallManyUnits) {
+  std::vector<Case> cases;
+  for (const auto& [d, block_size] : {std::pair{64, 64}, {128, 64}, {128, 128}}) {
+    Case c{.name = "many units", .dtype = DType::bf16, .kv_heads = 2, .head_dim = d, .seed = run_seed()};
+    c.q_lengths = c.k_lengths = std::vector<std::int64_t>(80, 2 * block_size + 2);
+    c.config = {.block_size = block_size, .top_k = 2};
+    cases.push_back(c);
+  }
+  expect_all(cases, f64_gradients);
+}
+
 TEST_F(CudaBackward, SmallGradientsBetweenOneAnother) {
   for (const std::int64_t d : {64, 128, 96}) {
     Case c{.dtype = DType::bf16, .q_heads = 4, .kv_heads = 2, .head_dim = d, .q_lengths = {200}, .k_lengths = {200}};

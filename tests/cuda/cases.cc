@@ -137,7 +137,7 @@ std::vector<Case> cases_of_lengths(std::int64_t d, const Config& config) {
 
 std::vector<Case> small_cases() {
   std::vector<Case> all;
-  for (const auto& [d, block_size] : {std::pair{32, 16}, {64, 48}, {128, 128}, {128, 144}, {192, 32}}) {
+  for (const auto& [d, block_size] : {std::pair{32, 16}, {64, 48}, {128, 64}, {128, 128}, {128, 144}, {192, 32}}) {
     for (const bool causal : {true, false}) {
       all.push_back({.name = "small",
                      .dtype = causal ? DType::bf16 : DType::f16,
