@@ -301,7 +301,7 @@ void launch_backward(const Shape& shape, const Arguments& arguments, cudaStream_
 
 template <class T>
 void launch_backward(const Shape& shape, const Arguments& arguments, cudaStream_t stream) {
-  if (shape.head_dim <= 64 && arguments.output.part_keys == kShortPartKeys) {
+  if (shape.head_dim <= 64 && arguments.output.part_keys == 64) {
     launch_backward<T, 64, 64>(shape, arguments, stream);
   } else if (shape.head_dim <= 64) {
     launch_backward<T, 64, 128>(shape, arguments, stream);

@@ -174,7 +174,8 @@ std::size_t prepare_backward(Setup& setup, const Plan::Impl& plan, std::size_t l
   BackwardSetup& chosen = setup.chosen_backward;
   BackwardSetup& dense = setup.dense_backward;
   chosen.part_keys = dense.part_keys = sm90 ? kSm90PartKeys : portable_part_keys(s.head_dim);
-  if (s.block_size <= kShortPartKeys) chosen.part_keys = std::min(chosen.part_keys, kShortPartKeys);
+  // As many keys as the kernel has room for, but of short blocks not twice what they have.
+  if (!sm90 && s.block_size <= 64) chosen.part_keys = std::min(chosen.part_keys, 64);
   // Two CTAs of the portable kernel share a multiprocessor: a row takes each of them twice as long.
   chosen.last_most_rows = dense.last_most_rows = sm90 ? 4096 : 2048;
   chosen.all_parts =

@@ -1,18 +1,15 @@
 // backward for d 64 and 128 (sm_90a), key-major: the rows of a list are gathered, 64 to a tile, and meet the K and V of
 // up to 128 keys, which stay for the whole unit, as do their dK and dV, in registers.
 //
-// A CTA per SM takes units by ticket. Of its warpgroups one produces, two have the keys and compute, for a tile,
+// A CTA per SM takes units by ticket. Of its warpgroups one produces; two have 64 keys each and compute, for a tile,
 //   S^T [64 keys, 64 rows] = K Q^T - lse    operands from shared memory; lse / scale, as terms (row_terms.cuh)
 //   P^T = exp2(c S^T)                       in 16 bits
 //   dV [64 keys, d] += P^T dO               P^T from registers
 //   dP^T [64 keys, 64 rows] = V dO^T - delta
-//   dS^T = P^T dP^T                         in 16 bits; also to shared memory, as dS [64 rows, keys]
+//   dS^T = P^T dP^T                         in 16 bits; also to shared memory, as dS [64 rows, 128 keys]
 //   dK [64 keys, d] += dS^T Q               dS^T from registers
 // and the last, with few registers, computes dQ [64 rows, d] = dS K, which goes to the entries of the rows, rounded; no
 // two units write the same place, so nothing is added up atomically.
-//
-// Where units may have more than 64 keys, each of the two has 64 of the keys and does all this
-// (backward_sm90_keys.cuh). Else the one does the first three lines, the other the rest (backward_sm90_short.cuh).
 //
 // What bounds it on an H200: shared memory (78 % busy before terms took the place of reads of lse and delta), the way
 // to memory of what is gathered, and, from some tens of milliseconds on, the power limit. Shared memory and the
@@ -27,7 +24,6 @@
 #include "cuda/backward_sm90_keys.cuh"
 #include "cuda/backward_sm90_producers.cuh"
 #include "cuda/backward_sm90_shared.cuh"
-#include "cuda/backward_sm90_short.cuh"
 #include "cuda/contract.h"
 #include "cuda/lanes.cuh"
 #include "cuda/launch.h"
@@ -42,15 +38,14 @@ namespace moba::cuda {
 namespace gradient {
 namespace {
 
-// The dQ warpgroup. Keys of a unit of fewer than kKeys came by cp.async: who hands over dS has fenced them for wgmma.
-// 64 columns at a time: all of 128 would read dS once less, but take 32 registers, which are not left or, beside up to
-// 64 keys, bring nothing.
-template <class T, class L>
+// The dQ warpgroup. Short keys came by cp.async: the key warpgroups fence them for wgmma before they hand over dS. 64
+// columns at a time: all of 128 would read dS once less, but take 32 registers that are not left.
+template <class T, int d>
 __device__ __forceinline__ void multiply_queries(const Arguments& arguments, std::uint32_t base, const Unit* ring) {
-  const int t = threadIdx.x % kGroupThreads, lane = t % 32, warp = __shfl_sync(kAllLanes, t / 32, 0),
-            row = warp * 16 + lane / 4;
-  constexpr int d = L::kHeadDim, kRowBytes = d * 2;
-  Stage<L::kDSStages> stored(0);
+  using L = Layout<d>;
+  const int t = threadIdx.x % 128, lane = t % 32, warp = __shfl_sync(kAllLanes, t / 32, 0), row = warp * 16 + lane / 4;
+  constexpr int kRowBytes = d * 2;
+  int parity = 0;
   for (int n = 0;; ++n) {
     const int stage = n & 1;
     ptx::barrier_wait(base + L::kKeyFull + stage * 8, (n >> 1) & 1);
@@ -59,13 +54,12 @@ __device__ __forceinline__ void multiply_queries(const Arguments& arguments, std
     if (left == 0) return;
     char* to = arguments.dq + (unit.part * arguments.part_stride + unit.first + row) * kRowBytes + lane % 4 * 16;
     for (; left > 0; left -= kTileRows, to += kTileRows * kRowBytes) {
-      const std::uint32_t ds = ptx::operand(base + L::kDS + stored.number * L::kDSBytes);
-      const std::uint32_t ds_empty = base + L::kDSEmpty + stored.number * 8;
-      ptx::barrier_wait(base + L::kDSFull + stored.number * 8, stored.parity);
-      stored.next();
+      ptx::barrier_wait(base + L::kDSFull, parity);
+      parity ^= 1;
 #pragma unroll
       for (int band = 0; band < d / kBandColumns; ++band) {
         float dq[32];
+        const std::uint32_t ds = ptx::operand(base + L::kDS);
         const std::uint32_t keys = ptx::operand(base) + stage * (L::kKeyStage / 16) + band * (L::kKeyBand / 16);
         ptx::wgmma_fence();
 #pragma unroll
@@ -75,7 +69,7 @@ __device__ __forceinline__ void multiply_queries(const Arguments& arguments, std
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
         ptx::pin(dq);
-        if (band == d / kBandColumns - 1) ptx::barrier_arrive_if(lane == 0, ds_empty);
+        if (band == d / kBandColumns - 1) ptx::barrier_arrive_if(lane == 0, base + L::kDSEmpty);
         const auto word = [&](int i) { return ptx::pack<T>(dq[i] * arguments.scale, dq[i + 1] * arguments.scale); };
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -93,15 +87,16 @@ __device__ __forceinline__ void multiply_queries(const Arguments& arguments, std
   }
 }
 
-template <class T, class L>
-__global__ void __launch_bounds__(L::kThreads, 1)
+template <class T, int d>
+__global__ void __launch_bounds__(Layout<d>::kThreads, 1)
     backward_units(const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
                    const __grid_constant__ Arguments arguments) {
+  using L = Layout<d>;
   extern __shared__ __align__(1024) char shared[];
   const std::uint32_t base = ptx::shared_address(shared);
   Unit* ring = reinterpret_cast<Unit*>(shared + L::kRing);
   // By a shuffle, so that the compiler knows it to be the same in the whole warp.
-  const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kGroupThreads, 0);
+  const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
       ptx::barrier_init(base + L::kKeyFull + i * 8, kProducers + 1);
@@ -115,10 +110,8 @@ __global__ void __launch_bounds__(L::kThreads, 1)
       ptx::barrier_init(base + L::kDOFull + i * 8, kProducers);
       ptx::barrier_init(base + L::kDOEmpty + i * 8, kKeyWarps);
     }
-    for (int i = 0; i < L::kDSStages; ++i) {
-      ptx::barrier_init(base + L::kDSFull + i * 8, L::kKeys / 16);  // a warp has 16 keys
-      ptx::barrier_init(base + L::kDSEmpty + i * 8, kQueryWarps);
-    }
+    ptx::barrier_init(base + L::kDSFull, kKeyWarps);
+    ptx::barrier_init(base + L::kDSEmpty, kQueryWarps);
     ptx::fence_barrier_init();
   }
   if (threadIdx.x < 16) {
@@ -129,19 +122,13 @@ __global__ void __launch_bounds__(L::kThreads, 1)
   __syncthreads();
   if (warpgroup == 3) {
     ptx::lower_registers<L::kProducerRegisters>();
-    produce<L>(k_map, v_map, arguments, base, ring);
+    produce<d>(k_map, v_map, arguments, base, ring);
   } else if (warpgroup == 2) {
     ptx::lower_registers<L::kQueryRegisters>();
-    multiply_queries<T, L>(arguments, base, ring);
-  } else if constexpr (!L::kIsShort) {
-    ptx::raise_registers<L::kKeyRegisters>();
-    multiply_keys<T, L>(arguments, base, ring, warpgroup);
-  } else if (warpgroup == 1) {
-    ptx::raise_registers<L::kKeyRegisters>();
-    multiply_slopes<T, L>(arguments, base, ring);
+    multiply_queries<T, d>(arguments, base, ring);
   } else {
     ptx::raise_registers<L::kKeyRegisters>();
-    multiply_weights<T, L>(arguments, base, ring);
+    multiply_keys<T, d>(arguments, base, ring, warpgroup);
   }
 }
 
@@ -168,24 +155,19 @@ Arguments arguments_of(const Shape& shape, Slab slab, const BackwardInput& input
           .factor = static_cast<float>(std::max(shape.scale, kLeastScale) * std::numbers::log2e)};
 }
 
-template <class T, class L>
+template <class T, int d>
 void launch_backward(const Shape& shape, const BackwardInput& input, const Arguments& arguments, cudaStream_t stream) {
+  using L = Layout<d>;
   const auto map = [&](const View<const void>& view) {
-    return tensor_map_3d(shape.dtype, view, L::kHeadDim, shape.kv_heads, shape.total_k, L::kKeys);
+    return tensor_map_3d(shape.dtype, view, d, shape.kv_heads, shape.total_k, L::kKeys);
   };
-  launch(Start::early, backward_units<T, L>, dim3(static_cast<unsigned>(shape.sm_count)), L::kThreads, L::kBytes,
+  launch(Start::early, backward_units<T, d>, dim3(static_cast<unsigned>(shape.sm_count)), L::kThreads, L::kBytes,
          stream, map(input.k), map(input.v), arguments);
 }
 
-using Launch = void (*)(const Shape&, const BackwardInput&, const Arguments&, cudaStream_t);
 template <class T>
-Launch launch_of(int head_dim, int part_keys) {
-  if (part_keys == kShortPartKeys) {
-    return head_dim == 128 ? launch_backward<T, Layout<128, kShortPartKeys>>
-                           : launch_backward<T, Layout<64, kShortPartKeys>>;
-  }
-  return head_dim == 128 ? launch_backward<T, Layout<128, kSm90PartKeys>>
-                         : launch_backward<T, Layout<64, kSm90PartKeys>>;
+void launch_backward(const Shape& shape, const BackwardInput& input, const Arguments& arguments, cudaStream_t stream) {
+  (shape.head_dim == 128 ? launch_backward<T, 128> : launch_backward<T, 64>)(shape, input, arguments, stream);
 }
 
 }  // namespace
@@ -195,10 +177,8 @@ void backward_sm90(const Shape& shape, Slab slab, const BackwardInput& input, co
                    const BackwardOutput& output, cudaStream_t stream) {
   if (shape.total_q == 0 || shape.total_k == 0) return;
   const gradient::Arguments arguments = gradient::arguments_of(shape, slab, input, list, output);
-  const gradient::Launch launch = shape.dtype == DType::bf16
-                                      ? gradient::launch_of<__nv_bfloat16>(shape.head_dim, output.part_keys)
-                                      : gradient::launch_of<__half>(shape.head_dim, output.part_keys);
-  launch(shape, input, arguments, stream);
+  (shape.dtype == DType::bf16 ? gradient::launch_backward<__nv_bfloat16>
+                              : gradient::launch_backward<__half>)(shape, input, arguments, stream);
 }
 
 }  // namespace moba::cuda

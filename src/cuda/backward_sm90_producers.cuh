@@ -14,12 +14,13 @@
 
 namespace moba::cuda::gradient {
 
-template <class L>
+template <int d>
 __device__ __forceinline__ void produce(const CUtensorMap& k_map, const CUtensorMap& v_map, const Arguments& arguments,
                                         std::uint32_t base, Unit* ring) {
-  constexpr int kLanes = L::kHeadDim / 8;  // that bring one row, 16 bytes each
-  constexpr int kRows = 32 / kLanes;       // that a warp brings in one pass
-  constexpr int kPasses = 16 / kRows;      // a warp's 16 rows of a tile: rows 4 kRows p + kRows w + 0, 1 ... of pass p
+  using L = Layout<d>;
+  constexpr int kLanes = d / 8;        // that bring one row, 16 bytes each
+  constexpr int kRows = 32 / kLanes;   // that a warp brings in one pass
+  constexpr int kPasses = 16 / kRows;  // a warp's 16 rows of a tile: rows 4 kRows p + kRows w + 0, 1 ... of pass p
   const int t = threadIdx.x % kProducers, lane = t % 32, warp = __shfl_sync(kAllLanes, t / 32, 0);
   // Lanes i and i + 16 hold the i-th row of a warp.
   const int held = lane % 16 / kRows * 4 * kRows + warp * kRows + lane % kRows;

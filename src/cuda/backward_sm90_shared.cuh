@@ -1,6 +1,6 @@
 // What the warps of backward_sm90.cu share: shared memory, barriers, registers, arguments.
 //
-//   0        K, V of unit n in stage n % 2, each in bands of 64 columns [kKeys, 128 bytes]
+//   0        K, V of unit n in stage n % 2, each in bands of 64 columns [128 keys, 128 bytes]
 //   kQ, kDO  Q and dO, tiles in bands [64 rows, 128 bytes]
 //   kTerms   the rows' terms (row_terms.cuh), 16 bytes a row, as many tiles as of dO: for one more there is no room.
 //            They come with the tile of Q and go with that of dO
@@ -10,11 +10,8 @@
 //            empty: all other threads -> the producers
 //   kQ...    of the tiles of Q, kDO... of those of dO. full: the producers -> the key warpgroups;
 //            empty: their 8 warps -> the producers
-//   kDS...   of dS. full: the warps that compute it -> the dQ warpgroup; empty: its 4 warps -> them
-//   kDS      dS of a tile, 16 bits, in bands of 64 keys [64 rows, 128 bytes]
-//   kP       in the layout for 64 keys: P^T of a tile, 16 bits, as the registers of a warpgroup
-// Named barriers: kProducerBarrier of the producers (resident_keys.cuh); in the layout for 64 keys kPFull and kPEmpty
-// of P^T, full: weights -> slopes, empty: slopes -> weights (backward_sm90_short.cuh).
+//   kDS...   of dS. full: the 8 warps of the key warpgroups -> the dQ warpgroup; empty: its 4 warps -> them
+//   kDS      dS of one tile, 16 bits, in two bands of 64 keys [64 rows, 128 bytes]
 #pragma once
 
 #include <cstdint>
@@ -28,21 +25,15 @@
 namespace moba::cuda::gradient {
 
 inline constexpr int kTileRows = 64;
-inline constexpr int kGroupThreads = 128;             // of a warpgroup
 inline constexpr int kKeyWarps = 8, kQueryWarps = 4;  // of the key warpgroups, of the dQ warpgroup
-inline constexpr int kPFull = 2, kPEmpty = 3;         // named barriers of the key warpgroups
 
-// Shared memory in bytes for units of at most `keys` keys, and who gets the registers: 512 threads start with 128 each
-// and trade.
-template <int d, int keys>
+// Shared memory in bytes, and who gets the registers: 512 threads start with 128 each and trade.
+template <int d>
 struct Layout {
-  static constexpr bool kIsShort = keys == kShortPartKeys;
-  static constexpr int kKeyRegisters = kIsShort ? 184 : 208, kQueryRegisters = kIsShort ? 88 : 64,
-                       kProducerRegisters = kIsShort ? 56 : 32;
-  static constexpr int kQStages = d == 64 ? 6 : kIsShort ? 4 : 3, kDOStages = d == 64 ? 5 : kIsShort ? 4 : 2;
-  static constexpr int kDSStages = kIsShort ? 2 : 1;
-  static constexpr int kHeadDim = d, kKeys = keys;
-  static constexpr int kThreads = 4 * kGroupThreads;
+  static constexpr int kHeadDim = d, kKeys = kSm90PartKeys;
+  static constexpr int kThreads = 512;
+  static constexpr int kKeyRegisters = 208, kQueryRegisters = 64, kProducerRegisters = 32;
+  static constexpr int kQStages = d == 128 ? 3 : 6, kDOStages = d == 128 ? 2 : 5;
   static constexpr int kTileBytes = kTileRows * d * 2, kTileBand = kTileRows * kBandBytes;
   static constexpr int kKeyBand = kKeys * kBandBytes;
   static constexpr int kKeyBytes = kKeys * d * 2;  // K or V
@@ -56,13 +47,10 @@ struct Layout {
   static constexpr int kKeyFull = kRing + 2 * static_cast<int>(sizeof(Unit)), kKeyEmpty = kKeyFull + 2 * 8;
   static constexpr int kQFull = kKeyEmpty + 2 * 8, kQEmpty = kQFull + kQStages * 8;
   static constexpr int kDOFull = kQEmpty + kQStages * 8, kDOEmpty = kDOFull + kDOStages * 8;
-  static constexpr int kDSFull = kDOEmpty + kDOStages * 8, kDSEmpty = kDSFull + kDSStages * 8;
-  // dS and P behind all that is small: memcheck takes what wgmma_add_terms() reads for 2 KB, and all of it has to
-  // exist.
-  static constexpr int kDS = kWeights + 1024, kDSBytes = kTileRows * kKeys * 2;
-  static constexpr int kP = kDS + kDSStages * kDSBytes, kPBytes = kIsShort ? kTileRows * kKeys * 2 : 0;
-  static constexpr int kBytes = kP + kPBytes;
-  static_assert(kDSEmpty + kDSStages * 8 <= kDS && kBytes <= 227 * 1024);
+  static constexpr int kDSFull = kDOEmpty + kDOStages * 8, kDSEmpty = kDSFull + 8;
+  static constexpr int kDS = kWeights + 1024;  // memcheck takes what wgmma_add_terms() reads for 2 KB
+  static constexpr int kBytes = kDS + kTileRows * kKeys * 2;
+  static_assert(kDSEmpty + 8 <= kDS);
 };
 
 // A stage of a ring of tiles and the parity of its barriers.

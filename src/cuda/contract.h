@@ -300,12 +300,10 @@ void list_backward_units(Start, const Shape&, Slab, Batch, const Index&, const P
 void list_dense_backward_units(Start, const Shape&, Slab, Batch, const Pass&, const UnitList&, const ShareList&,
                                cudaStream_t);
 
-// Parts of blocks that have at most so many keys are no larger: both kernels have a variant for them.
-inline constexpr int kShortPartKeys = 64;
-// dk and dv, and the partials of dq, of all units. backward_sm90.cu: d 64 and 128, parts of 128 or kShortPartKeys keys.
+// dk and dv, and the partials of dq, of all units. backward_sm90.cu: d 64 and 128, parts of 128 keys.
 inline constexpr int kSm90PartKeys = 128;
 void backward_sm90(const Shape&, Slab, const BackwardInput&, const UnitList&, const BackwardOutput&, cudaStream_t);
-// backward_portable.cu: all d, parts of portable_part_keys(d) keys or, up to d = 64, of kShortPartKeys.
+// backward_portable.cu: all d, parts of portable_part_keys(d) keys or, up to d = 64, of 64.
 int portable_part_keys(int head_dim);
 void backward_portable(const Shape&, Slab, const BackwardInput&, const UnitList&, const BackwardOutput&, cudaStream_t);
 

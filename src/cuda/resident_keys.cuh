@@ -82,7 +82,6 @@ class DrawnUnits {
   __device__ __forceinline__ int read() const {
     constexpr int kWords = sizeof(Unit) / 4, kRowsWord = offsetof(Unit, rows) / 4;
     const int lane = threadIdx.x % 32, ticket = __shfl_sync(kAllLanes, ticket_, 0);
-    // Behind the last unit its other words: as if rows were masked, and all consecutive (row0), so that none is read.
     if (ticket >= count_) return lane == kRowsWord ? 0 : L::kKeys;
     return reinterpret_cast<const int*>(source_.units + ticket)[min(lane, kWords - 1)];
   }

@@ -160,11 +160,12 @@ TEST_F(CudaBackwardChoices, SmallListsThatAreCut) {
     const Chosen sink = choose(c, true, [](auto, auto) { return std::vector<std::int32_t>{0}; });
     for (const std::string& family : families(c.problem())) {
       for (const bool has_slabs : {false, true}) {
+        if (has_slabs && block_size == 64) continue;  // no memory is saved by them
         CudaRunner run(c.problem(), cuda_options(family, has_slabs ? training_limit(c.problem(), family, 0) : 0));
         SCOPED_TRACE(::testing::Message() << c << ", " << run.plan().kernels());
         const cuda::Setup& setup = *run.plan().impl().cuda;
+        EXPECT_EQ(has_slabs_and_passes(run.plan()), has_slabs);
         for (const cuda::BackwardSetup& backward : {setup.chosen_backward, setup.dense_backward}) {
-          EXPECT_EQ(backward.sums_keys(setup.shape), has_slabs);
           EXPECT_GT(backward.slab_tokens * setup.shape.group, backward.sections.last_most_rows) << "nothing is cut";
         }
         for (const Trained& trained : {train_on(run, given, sink), train_dense(run, given)}) {

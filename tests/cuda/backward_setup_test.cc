@@ -23,10 +23,9 @@ TEST(CudaBackwardSetup, PartsFollowTheKernelAndTheBlocks) {
     int chosen, dense;
   };
   const std::vector<Row> rows{
-      {"sm90", 64, 64, 64, 128},      {"sm90", 128, 16, 64, 128},     {"sm90", 64, 80, 128, 128},
-      {"sm90", 128, 512, 128, 128},   {"portable", 32, 64, 64, 128},  {"portable", 64, 16, 64, 128},
-      {"portable", 64, 80, 128, 128}, {"portable", 128, 64, 64, 64},  {"portable", 128, 512, 64, 64},
-      {"portable", 192, 64, 32, 32},  {"portable", 256, 512, 32, 32},
+      {"sm90", 64, 64, 128, 128},     {"sm90", 128, 512, 128, 128},   {"portable", 32, 64, 64, 128},
+      {"portable", 64, 16, 64, 128},  {"portable", 64, 80, 128, 128}, {"portable", 128, 64, 64, 64},
+      {"portable", 128, 512, 64, 64}, {"portable", 192, 64, 32, 32},  {"portable", 256, 512, 32, 32},
   };
   for (const Row& row : rows) {
     SCOPED_TRACE(::testing::Message() << "row " << &row - rows.data());

@@ -11,10 +11,6 @@ __device__ __forceinline__ void store_shared(std::uint32_t to, std::uint32_t x) 
 __device__ __forceinline__ void store_shared(std::uint32_t to, std::uint32_t x, std::uint32_t y) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(x), "r"(y) : "memory");
 }
-__device__ __forceinline__ void store_shared(std::uint32_t to, std::uint32_t x, std::uint32_t y, std::uint32_t z,
-                                             std::uint32_t w) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
-}
 __device__ __forceinline__ std::uint32_t load_shared(std::uint32_t from) {
   std::uint32_t x;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
