@@ -156,16 +156,20 @@ run_fuzz() { ./scripts/fuzz.sh round; }
 
 run_operands() {
   local objects
+  mapfile -t objects < <(compgen -G 'build/ci/src/CMakeFiles/moba_cuda_sm90.dir/cuda/*.o')
+  if ! command -v python3 >/dev/null; then
+    echo "skipped: there is no python3"
+    return
+  fi
+  python3 scripts/check_operands.py --self-test
   if ! command -v cuobjdump >/dev/null && [[ ! -x /usr/local/cuda/bin/cuobjdump ]]; then
     echo "skipped: cuobjdump is neither on the PATH nor in /usr/local/cuda/bin"
-  elif ! command -v python3 >/dev/null; then
-    echo "skipped: there is no python3"
   elif [[ ! -x build/ci/bin/moba_tests ]]; then
     die "the tests are not built: ask for the phase build as well"
-  elif ! objects=$(compgen -G 'build/ci/src/CMakeFiles/moba_cuda_sm90.dir/cuda/*.o'); then
+  elif [[ ${#objects[@]} == 0 ]]; then
     echo "skipped: the build has no cuda backend"
   else
-    python3 scripts/check_operands.py $objects
+    python3 scripts/check_operands.py "${objects[@]}"
   fi
 }
 

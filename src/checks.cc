@@ -182,11 +182,12 @@ std::int64_t extent_within(const ConstTensor& t, std::int64_t pitch) {
 // Whether there is a pitch, a stride of either, by which the two never meet.
 bool interleaved(const Region& a, const Region& b) {
   if (!a.view.given() || !b.view.given()) return false;
+  const auto address = [](const Region& r) { return reinterpret_cast<std::intptr_t>(r.begin); };
   for (const ConstTensor* t : {&a.view, &b.view}) {
     for (int dim = 0; dim < t->rank; ++dim) {
+      if (t->shape[dim] <= 1 || t->stride[dim] <= 0) continue;
       const std::int64_t pitch = t->stride[dim] * static_cast<std::int64_t>(size_in_bytes(t->dtype));
-      if (t->shape[dim] <= 1 || pitch <= 0) continue;
-      const std::int64_t distance = ((b.begin - a.begin) % pitch + pitch) % pitch;
+      const std::int64_t distance = ((address(b) - address(a)) % pitch + pitch) % pitch;
       if (distance >= extent_within(a.view, pitch) && distance + extent_within(b.view, pitch) <= pitch) return true;
     }
   }

@@ -2,6 +2,7 @@
 #include <oneapi/tbb/global_control.h>
 #include <algorithm>
 #include <cmath>
+#include <functional>
 
 #include "fused_gradients.h"
 #include "support.h"
@@ -278,29 +279,62 @@ TEST(Backward, WorkspaceIsAllThatItTakes) {
 
 TEST(Backward, GradientsMayLieBetweenOneAnother) {
   for (const DType dtype : kTypes) {
-    const Case c{
-        .dtype = dtype, .q_heads = 4, .kv_heads = 2, .head_dim = 24, .q_lengths = {90, 7}, .k_lengths = {90, 7}};
+    Case c{.dtype = dtype, .q_heads = 4, .kv_heads = 2, .head_dim = 24, .q_lengths = {90, 7}, .k_lengths = {90, 7}};
+    if (dtype == DType::bf16) c.rope = Rope{};
     const Data data(c);
     const Array dout = noise_dout(c);
     std::vector<Options> kernels = cpu_kernels(dtype);
     kernels.push_back(reference_options());
     for (const Options& options : kernels) {
-      SCOPED_TRACE(describe(options));
       Runner run(c.problem(), options);
       Chosen chosen(run.plan());
-      Attention results = run.forward(data.inputs(), chosen);
+      Attention results = run.forward(data.inputs(), chosen), of_all = run.dense(data.inputs());
       const Slopes expected = run.backward(data.inputs(), chosen, results, dout);
+      const Slopes expected_of_all = run.dense_backward(data.inputs(), of_all, dout);
       for (const bool in_turn : {false, true}) {
+        SCOPED_TRACE(describe(options) + (in_turn ? ", dk and dv in turn" : ""));
         const FusedGradients fused(in_turn);
         Array all(dtype, {c.total_q(), FusedGradients::kHeads, c.head_dim});
         std::vector<std::byte> workspace(run.plan().backward_workspace_bytes());
         backward(run.plan(), data.inputs(), chosen.selection(), {results.out.tensor(), results.lse.tensor()},
                  dout.tensor(), fused.of(all.tensor()), workspace);
-        EXPECT_TRUE(fused.hold(expected, all)) << (in_turn ? "dk and dv in turn" : "");
+        EXPECT_TRUE(fused.hold(expected, all));
+        dense_backward(run.plan(), data.inputs(), {of_all.out.tensor(), of_all.lse.tensor()}, dout.tensor(),
+                       fused.of(all.tensor()), workspace);
+        EXPECT_TRUE(fused.hold(expected_of_all, all));
         EXPECT_TRUE(all.surroundings_untouched());
       }
     }
   }
+}
+
+// An element that two share, wherever it is, is found.
+TEST(Backward, GradientsThatMeetAreRefused) {
+  const Case c{.q_heads = 4, .kv_heads = 2, .head_dim = 24, .q_lengths = {90}, .k_lengths = {90}};
+  const Data data(c);
+  const Array dout = noise_dout(c);
+  Runner run(c.problem(), {});
+  Chosen chosen(run.plan());
+  Attention results = run.forward(data.inputs(), chosen);
+  std::vector<std::byte> workspace(run.plan().backward_workspace_bytes());
+  const auto refused = [&](const std::function<void(FusedGradients&)>& wrong_heads,
+                           const std::function<void(Gradients&)>& wrong_places) {
+    Array all(c.dtype, {c.total_q(), FusedGradients::kHeads, c.head_dim});
+    FusedGradients fused(false);
+    wrong_heads(fused);
+    Gradients gradients = fused.of(all.tensor());
+    wrong_places(gradients);
+    EXPECT_THROW(backward(run.plan(), data.inputs(), chosen.selection(), {results.out.tensor(), results.lse.tensor()},
+                          dout.tensor(), gradients, workspace),
+                 Error);
+    EXPECT_TRUE(all.untouched());
+  };
+  const auto as_it_is = [](auto&) {};
+  refused([](FusedGradients& f) { f.dk.first = 3; }, as_it_is);  // dq's last head
+  refused([](FusedGradients& f) { f.dv.first = 6; }, as_it_is);
+  refused([](FusedGradients& f) { f.dk = {5, 3, 2}, f.dv = {6, 2, 2}; }, as_it_is);  // both head 8
+  refused(as_it_is, [](Gradients& g) { g.dv.data = static_cast<float*>(g.dv.data) - 1; });
+  refused(as_it_is, [](Gradients& g) { g.dv.stride[0] += 24; });  // by the fourth token over dq
 }
 
 }  // namespace

@@ -126,7 +126,8 @@ Options options_of(const Said& said, Options options) {
   for (const auto& [given, key] : {std::pair{said.device.has_value(), "device"},
                                    {said.kernels.has_value(), "kernels"},
                                    {said.workspace_limit.has_value(), "workspace_limit"}}) {
-    if (given && options.backend != Backend::cuda) throw Error("problem: " + std::string(key) + " needs backend=cuda");
+    if (!given || options.backend == Backend::cuda) continue;
+    throw Error("problem: " + std::string(key) + " needs backend=cuda, but it is " + name(options.backend));
   }
   options.cuda_device = static_cast<int>(said.device.value_or(options.cuda_device));
   options.cuda_kernels = said.kernels.value_or(options.cuda_kernels);

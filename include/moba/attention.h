@@ -93,7 +93,7 @@ MOBA_EXPORT void dense(const Plan& plan, const Inputs& inputs, const Outputs& ou
 // selection of the caller's own and what attend wrote with it. A row with no key gets and gives zeros (on cuda, if its
 // dout is finite: docs/spec.md section 11); a key that no row attends to gets zeros. The workspace is one of
 // plan.backward_workspace_bytes(). No element of a gradient may be one of another tensor; gradients may lie between one
-// another, as parts of one buffer [tokens, heads, d].
+// another's rows, as parts of one buffer [tokens, heads, d], if one stride of theirs shows that they never meet.
 //
 // On cuda it reads ids instead, [Tq, Hq, slots] or [Tq, Hk, slots], and is dense_backward() only where they are left
 // out; ids that nobody wrote are read as they stand. With the same plan, on the same kind of device, the same call

@@ -10,7 +10,7 @@
 //            empty: all other threads -> the producers
 //   kQ...    of the tiles of Q, kDO... of those of dO. full: the producers -> the key warpgroups;
 //            empty: their 8 warps -> the producers
-//   kDS...   of dS. full: the 8 warps of the key warpgroups -> the dQ warpgroup; empty: its 4 warps -> them
+//   kDSFull, kDSEmpty  of dS. full: the 8 warps of the key warpgroups -> the dQ warpgroup; empty: its 4 warps -> them
 //   kDS      dS of one tile, 16 bits, in two bands of 64 keys [64 rows, 128 bytes]
 #pragma once
 
@@ -48,9 +48,10 @@ struct Layout {
   static constexpr int kQFull = kKeyEmpty + 2 * 8, kQEmpty = kQFull + kQStages * 8;
   static constexpr int kDOFull = kQEmpty + kQStages * 8, kDOEmpty = kDOFull + kDOStages * 8;
   static constexpr int kDSFull = kDOEmpty + kDOStages * 8, kDSEmpty = kDSFull + 8;
-  static constexpr int kDS = kWeights + 1024;  // memcheck takes what wgmma_add_terms() reads for 2 KB
+  // Last, behind 1 KB of what is small: memcheck takes each operand of wgmma_add_terms() for 2 KB that have to exist.
+  static constexpr int kDS = kWeights + 1024;
   static constexpr int kBytes = kDS + kTileRows * kKeys * 2;
-  static_assert(kDSEmpty + 8 <= kDS);
+  static_assert(kDSEmpty + 8 <= kDS && kDS % 1024 == 0 && kBytes <= 227 * 1024);
 };
 
 // A stage of a ring of tiles and the parity of its barriers.

@@ -222,7 +222,7 @@ TEST_F(CliRefusal, Problems) {
     refused("tokens=5 target=nope", "cpu_target");
     refused("tokens=5 backend=gpu", "allowed: cpu, reference, cuda");
     refused("tokens=5 kernels=sm80", "allowed: sm90, portable");
-    refused("tokens=5 backend=reference workspace_limit=1G", "workspace_limit needs backend=cuda");
+    refused("tokens=5 backend=reference workspace_limit=1G", "workspace_limit needs backend=cuda, but it is reference");
     refused("tokens=5 workspace_limit=1GB", "workspace_limit: is '1GB'");
     refused("tokens=1099511627776 batch=1048576 q_heads=1048576", "total_q");
     refused("tokens=1099511627777", "tokens");

@@ -305,6 +305,7 @@ TEST_F(CudaBackward, SmallGradientsBetweenOneAnother) {
         device.download(all.tensor().data, stream);
         MOBA_CUDA(cudaStreamSynchronize(stream));
         EXPECT_TRUE(fused.hold(expected.slopes, all));
+        EXPECT_TRUE(device.guards_untouched());
       }
     }
   }

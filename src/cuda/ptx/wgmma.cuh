@@ -107,8 +107,8 @@ __device__ __forceinline__ void wgmma_add_terms(float (&d)[32], std::uint32_t a,
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(descriptor(b)), "r"(static_cast<int>(accumulate)))
 
 // a is read while the product runs, but to ptxas its registers are free once the product is issued: it may put there
-// what is computed before the wait (seen with CUDA 13.0). So compute little there, the next a never, and have the
-// machine code checked (scripts/check_operands.py).
+// what is computed before the wait (seen with CUDA 13.0). So compute little between issue and wait, and never the a of
+// a product to come, and have the machine code checked (scripts/check_operands.py).
 //
 // a in registers, as the pairs of an accumulator's columns: with P [64, 16] at columns 16 i of a product, a0 is the
 // pair d[8i], d[8i + 1], a1 d[8i + 2], d[8i + 3], a2 d[8i + 4], d[8i + 5], a3 d[8i + 6], d[8i + 7]. b MN-major.
